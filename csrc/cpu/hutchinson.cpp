@@ -1,0 +1,50 @@
+// hutchinson_: estimate <- estimate + z . Hz, the signs recomputed. Moves 8 (first sample) to 12 bytes per float32
+// element.
+
+#include "cpu/dtypes.h"
+#include "cpu/ranges.h"
+#include "cpu/signs.h"
+#include "cpu/tiles.h"
+
+namespace sassha::cpu {
+namespace {
+
+template <class T>
+SASSHA_CLONES void accumulate_tile(const T* signs, const T* product, T* estimate, int64_t n, bool first, T samples) {
+  if (first) {
+    for (int64_t i = 0; i < n; ++i) estimate[i] = signs[i] * product[i];
+  } else {
+    for (int64_t i = 0; i < n; ++i) estimate[i] += signs[i] * product[i];
+  }
+  if (samples != 1) {
+    for (int64_t i = 0; i < n; ++i) estimate[i] /= samples;
+  }
+}
+
+void hutchinson_(StableListHandle product_list, Tensor estimate, std::vector<int64_t> offsets,
+                 std::vector<int64_t> indices, int64_t seed, int64_t evaluation, int64_t sample, int64_t samples) {
+  const TensorList products(product_list);
+  if (products.empty()) return;
+  const SignStream stream{static_cast<uint64_t>(seed), static_cast<uint32_t>(evaluation),
+                          static_cast<uint32_t>(sample)};
+  const bool first = sample == 0;
+  const int64_t divisor = sample == samples - 1 ? samples : 1;
+  with_dtype(products.dtype(), [&](auto zero) {
+    using P = decltype(zero);
+    using T = Compute<P>;
+    T* estimates = static_cast<T*>(estimate.mutable_data_ptr());
+    Blocks(products).for_each_range([&](int64_t i, int64_t begin, int64_t end) {
+      T signs[kTile], tile[kTile];
+      for_each_tile(begin, end, [&](int64_t start, int64_t n) {
+        fill_signs(stream, indices[i] + start, signs, n);
+        const T* product = load(products.data<P>(i) + start, tile, n);
+        accumulate_tile<T>(signs, product, estimates + offsets[i] + start, n, first, divisor);
+      });
+    });
+  });
+}
+
+}  // namespace
+}  // namespace sassha::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(sassha_fused, CPU, m) { m.impl("hutchinson_", TORCH_BOX(&sassha::cpu::hutchinson_)); }

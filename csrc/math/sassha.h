@@ -1,0 +1,104 @@
+// The arithmetic of one element of Sassha (Shin et al., ICML 2025, arXiv 2502.18153), for every backend in C++.
+//
+// T is the compute type: double for float64 parameters, float for float32, bfloat16 and float16 ones. Scalars are
+// worked out in double and rounded to T once. Compiled without contraction, so each operation below is one IEEE
+// rounding.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "math/portable.h"
+
+namespace sassha {
+
+// rho / (N + 1e-12), the factor of the gradient in eps*; negative where the objective is maximised.
+template <class T>
+SASSHA_HOST_DEVICE T perturbation_scale(double rho, double norm, bool maximize) {
+  const double scale = rho / (norm + 1e-12);
+  return static_cast<T>(maximize ? -scale : scale);
+}
+
+// w + eps*
+template <class T, bool kAdaptive>
+SASSHA_HOST_DEVICE T perturbed(T w, T g, T scale) {
+  const T step = scale * g;
+  return kAdaptive ? w + step * (w * w) : w + step;
+}
+
+enum class Power { kSquareRoot, kIdentity, kGeneral };
+
+SASSHA_HOST_DEVICE Power power_of(double hessian_power) {
+  return hessian_power == 0.5 ? Power::kSquareRoot : hessian_power == 1.0 ? Power::kIdentity : Power::kGeneral;
+}
+
+template <class T, Power kPower>
+SASSHA_HOST_DEVICE T raise(T x, double power) {
+  if (kPower == Power::kSquareRoot) return std::sqrt(x);
+  if (kPower == Power::kIdentity) return x;
+  // In double also for float: rounding the exponent to float alone would cost several ulp.
+  return static_cast<T>(std::pow(static_cast<double>(x), power));
+}
+
+// What stays the same over one parameter's elements in one step.
+template <class T>
+struct UpdateScalars {
+  T decay;      // 1 - lr weight_decay
+  T step_size;  // lr / c1
+  T beta1;
+  T gradient_weight;  // 1 - beta1, negative where the objective is maximised
+  T beta2;
+  T hessian_weight;      // 1 - beta2
+  T hessian_correction;  // 1 / c2
+  T eps;
+  double power;
+};
+
+struct Hyperparameters {
+  double lr, beta1, beta2, eps, weight_decay, hessian_power;
+  bool maximize;
+};
+
+// c1 = 1 - beta1^step, c2 = 1 - beta2^hessian_step: both counts include the step being taken.
+template <class T>
+SASSHA_HOST_DEVICE UpdateScalars<T> update_scalars(const Hyperparameters& h, int64_t step, int64_t hessian_step) {
+  const double correction1 = 1.0 - std::pow(h.beta1, static_cast<double>(step));
+  const double correction2 = 1.0 - std::pow(h.beta2, static_cast<double>(hessian_step));
+  return {
+      static_cast<T>(1.0 - h.lr * h.weight_decay),
+      static_cast<T>(h.lr / correction1),
+      static_cast<T>(h.beta1),
+      static_cast<T>(h.maximize ? -(1.0 - h.beta1) : 1.0 - h.beta1),
+      static_cast<T>(h.beta2),
+      static_cast<T>(1.0 - h.beta2),
+      static_cast<T>(1.0 / correction2),
+      static_cast<T>(h.eps),
+      h.hessian_power,
+  };
+}
+
+template <class T>
+SASSHA_HOST_DEVICE T average(T mean, T beta, T x, T weight) {
+  return beta * mean + weight * x;
+}
+
+// D <- beta2 D + (1 - beta2) |H|
+template <class T>
+SASSHA_HOST_DEVICE T averaged_hessian(T exp_hessian, T hessian, const UpdateScalars<T>& s) {
+  return average(exp_hessian, s.beta2, std::fabs(hessian), s.hessian_weight);
+}
+
+// m <- beta1 m + (1 - beta1) g~
+template <class T>
+SASSHA_HOST_DEVICE T averaged_gradient(T exp_avg, T gradient, const UpdateScalars<T>& s) {
+  return average(exp_avg, s.beta1, gradient, s.gradient_weight);
+}
+
+// w (1 - lr weight_decay) - (lr / c1) m / ((D / c2)^power + eps)
+template <class T, Power kPower>
+SASSHA_HOST_DEVICE T updated(T w, T exp_avg, T exp_hessian, const UpdateScalars<T>& s) {
+  const T denominator = raise<T, kPower>(exp_hessian * s.hessian_correction, s.power) + s.eps;
+  return w * s.decay - s.step_size * (exp_avg / denominator);
+}
+
+}  // namespace sassha

@@ -1,0 +1,35 @@
+// Every operator's schema, once. Backends register implementations; sassha_fused/eager.py mirrors the argument lists.
+//
+// Lists hold parameters of one device and dtype, and their gradients and products in any strides. State is flat:
+// parameter i's part of every flat buffer starts at element offsets[i] and has its elements in memory order where the
+// parameter is dense, else row-major. indices[i] is the index of its first element among all elements of the optimizer.
+// steps[rows[i]] holds its counts (step, hessian_step).
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(sassha_fused, m) {
+  // ||g||, or || |w| . g || if adaptive: a 0-d float64 tensor; non-finite where any element is.
+  m.def("grad_norm(Tensor[] grads, Tensor[] params, bool adaptive) -> Tensor");
+
+  // backup <- w;  w <- w + eps*,  eps* = rho g / (norm + 1e-12), times w^2 if adaptive, negated if maximize.
+  m.def(
+      "perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) backup, int[] offsets, Tensor norm, float rho, "
+      "bool adaptive, bool maximize) -> ()");
+
+  // signs <- the independent +-1 of Hessian evaluation `evaluation`, sample `sample` (csrc/math/philox.h).
+  m.def("rademacher_(Tensor(a!)[] signs, int[] indices, int seed, int evaluation, int sample) -> ()");
+
+  // estimate <- (sample == 0 ? 0 : estimate) + z . Hz;  after the last sample: divided by samples. Products lie in the
+  // order of the state.
+  m.def(
+      "hutchinson_(Tensor[] products, Tensor(a!) estimate, int[] offsets, int[] indices, int seed, int evaluation, "
+      "int sample, int samples) -> ()");
+
+  // One step from w = backup (csrc/math/sassha.h). products, if any, are this step's Hessian estimates. Where any of
+  // the scalars in guards is not finite: params <- backup, skipped <- 1, and nothing else is written.
+  m.def(
+      "update_(Tensor(a!)[] params, Tensor[] grads, Tensor[] products, Tensor backup, Tensor(b!) exp_avg, "
+      "Tensor(c!) exp_hessian, Tensor(d!) steps, Tensor(e!) skipped, int[] offsets, int[] rows, Tensor[] guards, "
+      "Tensor? lr_tensor, float lr, float beta1, float beta2, float eps, float weight_decay, float hessian_power, "
+      "bool step_correction, bool maximize) -> ()");
+}
