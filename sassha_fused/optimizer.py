@@ -1,0 +1,578 @@
+"""Sassha: the schedule of the passes over the parameters. What a pass computes stands in the operators (eager.py)."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from . import hvp as hessian_products
+from .interrupts import uninterrupted
+from .ops import check_backend
+from .state import TENSOR_STATES, Bucket, Member, Selection
+from .validation import check_choice, check_gradients, check_hyperparameters, check_parameter
+
+# One value for all groups: they belong to the random stream, which the parameters share.
+_SHARED = ("hessian_samples", "seed")
+
+# A selection, and its Hessian estimates where this is a Hessian step for it.
+Part = tuple[Selection, Sequence[Tensor]]
+
+
+@dataclass
+class _Perturbation:
+    """What perturb() leaves for the rest of the step."""
+
+    selections: list[Selection]
+    norm: Tensor
+    due: bool
+    watch: hessian_products.GraphWatch | None
+    active: bool = True  # the weights are at w'
+    parts: list[Part] | None = None  # set when restore() ran before step()
+
+
+@dataclass
+class _Verdict:
+    """What the last step will have done to the counts, once it is known whether the device skipped it."""
+
+    skipped: Tensor
+    parts: list[Part]
+
+
+class _AsSaved:
+    """Carries one parameter's state through Optimizer.load_state_dict, which would cast it to the parameter's dtype."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+class Sassha(Optimizer):
+    r"""Sharpness-aware adaptive second-order optimizer with a stable, lazily refreshed Hessian diagonal.
+
+    At step :math:`t = 1, 2, \dots` with :math:`g = \nabla f(w)` and one norm :math:`N = \|g\|_2` over all parameters:
+
+    .. math::
+        w' &= w + \rho g / (N + 10^{-12}), \qquad \tilde g = \nabla f(w') \\
+        H &= \tfrac1S \textstyle\sum_s z_s \cdot \nabla \langle \tilde g, z_s \rangle (w'), \quad
+        D \leftarrow \beta_2 D + (1 - \beta_2) |H|, \quad c_2 = 1 - \beta_2^t
+        \qquad \text{every } k \text{ steps} \\
+        m &\leftarrow \beta_1 m + (1 - \beta_1) \tilde g, \qquad c_1 = 1 - \beta_1^t \\
+        w &\leftarrow w (1 - \eta \lambda) - \frac{\eta}{c_1} \frac{m}{(D / c_2)^\alpha + \epsilon}
+
+    Closure style, where the closure returns the loss and the optimizer runs every backward (a closure that also calls
+    ``loss.backward(create_graph=opt.hessian_due)`` works as well)::
+
+        loss = opt.step(lambda: criterion(model(x), y))
+
+    Phase style::
+
+        criterion(model(x), y).backward()
+        opt.perturb()
+        criterion(model(x), y).backward(create_graph=opt.hessian_due)
+        opt.step(); opt.zero_grad()
+
+    A step whose loss, gradients or Hessian products are not finite leaves no trace but in :attr:`skipped_steps`. A
+    parameter without a gradient in either pass is not touched, and its counts stand still.
+
+    Args:
+        params: parameters or dicts of parameter groups; float64, float32, bfloat16 or float16, dense, real. State is
+            float64 for float64 parameters, else float32.
+        lr: learning rate :math:`\eta`, a float or a tensor of one element.
+        betas: :math:`\beta_1, \beta_2` of the gradient's and the Hessian's running averages.
+        eps: :math:`\epsilon`, added outside the power.
+        weight_decay: decoupled weight decay :math:`\lambda`.
+        rho: radius of the perturbation.
+        adaptive: scale the perturbation by the weights (ASAM): :math:`N = \| |w| g \|_2`,
+            :math:`w' = w + \rho w^2 g / N`.
+        hessian_interval: k, steps from one Hessian evaluation to the next.
+        hessian_warmup: every step up to this one is a Hessian step.
+        hessian_samples: S, probes per evaluation.
+        hessian_power: :math:`\alpha` in (0, 1].
+        hvp: source of the Hessian products: ``"autograd"``, exact, by double backward.
+        bias_correction: ``"step"`` as above, as published; ``"update"``: :math:`c_2 = 1 - \beta_2^n`, n counting the
+            Hessian updates.
+        maximize: maximise the objective.
+        seed: of the random signs, which depend on nothing else: not on device, backend or the global generators.
+        backend: ``"auto"`` or a name from :func:`sassha_fused.available_backends`.
+
+    Raises:
+        TypeError, ValueError: naming the argument and its value, before anything has changed.
+
+    References:
+        Shin, Lee, Chung, Lee: Sassha: Sharpness-aware Adaptive Second-order Optimization with Stable Hessian
+        Approximation. ICML 2025, arXiv 2502.18153.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 0.15,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-4,
+        weight_decay: float = 0.0,
+        *,
+        rho: float = 0.2,
+        adaptive: bool = False,
+        hessian_interval: int = 10,
+        hessian_warmup: int = 0,
+        hessian_samples: int = 1,
+        hessian_power: float = 0.5,
+        hvp: str = "autograd",
+        bias_correction: str = "step",
+        maximize: bool = False,
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        check_choice("hvp", hvp, tuple(hessian_products.SOURCES))
+        check_backend(backend)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rho": rho,
+            "adaptive": adaptive,
+            "hessian_interval": hessian_interval,
+            "hessian_warmup": hessian_warmup,
+            "hessian_samples": hessian_samples,
+            "hessian_power": hessian_power,
+            "bias_correction": bias_correction,
+            "maximize": maximize,
+            "seed": seed,
+        }
+        check_hyperparameters(defaults)
+        self._hvp, self._backend = hvp, backend
+        self._evaluations = 0
+        self._skipped_steps = 0
+        self._reset()
+        super().__init__(params, defaults)
+
+    def _reset(self) -> None:
+        """Forgets what is not state: buckets are made from state again when they are needed."""
+        self._buckets: list[tuple[Bucket, dict[str, Any]]] = []
+        self._stateless: list[Tensor] = []
+        self._indices: dict[Tensor, int] = {}
+        self._perturbation: _Perturbation | None = None
+        self._verdict: _Verdict | None = None
+        self._used: tuple[weakref.ref[Tensor], int] | None = None
+        self._first_pass = False
+
+    # ---------------------------------------------------------------- the passes
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the weights are at w'."""
+        return self._perturbation is not None and self._perturbation.active
+
+    @property
+    def hessian_due(self) -> bool:
+        """Whether the second pass of this step, or of the next if none is under way, needs a graph of its gradients."""
+        self._settle()
+        if self._perturbation is not None:
+            return self._perturbation.due
+        if self._first_pass:
+            return False
+        return not self._buckets or any(Selection.all_of(*pair).due() for pair in self._buckets)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped because something in them was not finite."""
+        self._settle()
+        return self._skipped_steps
+
+    @torch.no_grad()
+    def perturb(self) -> None:
+        """Takes the weights to w' by the gradients in ``.grad``, and clears these.
+
+        Raises:
+            ValueError: the weights are at w' already, or a gradient is sparse or of another shape, dtype or device.
+        """
+        if self.perturbed:
+            raise ValueError("perturb() called twice: call step(), or restore() to give the step up")
+        self._settle()
+        self._perturbation = None
+        selections = self._select()
+        norm = self._norm(selections)
+        due = any(selection.due() for selection in selections)
+        watched = [param for selection in selections for param in selection.params] if due else []
+        needs_graph = hessian_products.SOURCES[self._hvp].needs_graph
+        watch = hessian_products.GraphWatch(watched) if watched and needs_graph else None
+        with uninterrupted():
+            self._perturbation = _Perturbation([], norm, due, watch)
+            for selection in selections:
+                group, bucket = selection.group, selection.bucket
+                bucket.operators.perturb_(
+                    selection.params,
+                    selection.grads,
+                    bucket.backup,
+                    selection.offsets,
+                    norm.to(bucket.device, non_blocking=True),
+                    group["rho"],
+                    group["adaptive"],
+                    group["maximize"],
+                )
+                selection.wrote_params()
+                selection.grads = ()
+                self._perturbation.selections.append(selection)
+        for selection in selections:
+            for param in selection.params:
+                param.grad = None
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Takes the weights back to w, bit for bit, before step() does; does nothing where they are there already.
+
+        Hessian products that are due are taken first, at w', and kept for step().
+        """
+        perturbation = self._perturbation
+        if perturbation is None or not perturbation.active:
+            return
+        parts: list[Part] = []
+        try:
+            selections = self._participants(perturbation)
+            if selections and self._may_measure(selections):
+                parts = self._measure(selections)
+        finally:
+            with uninterrupted():
+                self._put_back(perturbation.selections)
+                perturbation.active = False
+                perturbation.parts = parts
+                if not parts:
+                    self._perturbation = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Performs one step.
+
+        Args:
+            closure: computes and returns the loss; called twice, at w and at w'. Without it, the rest of the step after
+                perturb() and the second backward; or, without perturb(), a step with w' = w.
+
+        Returns:
+            The loss of the first pass, detached; None without a closure.
+
+        Raises:
+            TypeError, ValueError: the closure is not callable or returns no scalar tensor; a gradient is sparse or of
+                another shape, dtype or device; a Hessian step whose gradients carry no graph; gradients used already.
+        """
+        if closure is None:
+            self._finish_step([])
+            return None
+        if not callable(closure):
+            raise TypeError(f"closure must be callable, got {closure!r}")
+        try:
+            self.restore()
+            self._first_pass = True
+            first_loss = self._run(closure, create_graph=False)
+            self.perturb()
+            self._first_pass = False
+            if self._perturbation is not None and self._perturbation.selections:
+                second_loss = self._run(closure, create_graph=self.hessian_due)
+                self._finish_step([first_loss, second_loss])
+            else:
+                self._perturbation = None
+        except BaseException:
+            self._give_up()
+            raise
+        return first_loss
+
+    def _run(self, closure: Callable[[], Tensor], create_graph: bool) -> Tensor:
+        """One pass: the closure, and backward unless the closure has run it; returns the loss, detached."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        for param in params:
+            param.grad = None
+        with torch.enable_grad():
+            loss = closure()
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"closure must return the loss as a tensor, got {loss!r}")
+            if loss.numel() != 1:
+                raise ValueError(f"closure must return a scalar loss, got a tensor of shape {tuple(loss.shape)}")
+            if all(param.grad is None for param in params):
+                if not loss.requires_grad and any(param.requires_grad for param in params):
+                    raise ValueError(
+                        "closure must return a loss that requires grad, or call loss.backward() itself; got one "
+                        "that was detached or computed under torch.no_grad()"
+                    )
+                if loss.requires_grad:
+                    with warnings.catch_warnings():
+                        # The cycle it warns of is broken as soon as the products are taken.
+                        warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
+                        loss.backward(create_graph=create_graph)
+        return loss.detach()
+
+    def _finish_step(self, losses: Sequence[Tensor]) -> None:
+        """From the second gradients to the new weights: Hessian products, checks, and the update of each bucket."""
+        self._settle()
+        perturbation = self._perturbation
+        if perturbation is None:
+            selections = self._select()
+            self._refuse_used_gradients(selections)
+            guards = list(losses)
+            parts = self._measure(selections)
+        else:
+            guards = [perturbation.norm, *losses]
+            parts = perturbation.parts or self._measure(self._participants(perturbation))
+        if not parts:
+            with uninterrupted():
+                if perturbation is not None and perturbation.active:
+                    self._put_back(perturbation.selections)
+                self._perturbation = None
+            return
+        guards += [self._norm([selection]) for selection, _ in parts]
+        guards += [selection.bucket.operators.grad_norm(found, found, False) for selection, found in parts if found]
+        with uninterrupted():
+            if perturbation is None or not perturbation.active:
+                for selection, _ in parts:
+                    torch._foreach_copy_(selection.backups(), list(selection.params))
+            else:
+                self._put_back_bystanders(perturbation, parts)
+            for selection, products in parts:
+                self._update(selection, products, guards)
+            self._verdict = _Verdict(parts[0][0].bucket.skipped, parts)
+            self._perturbation = None
+        if perturbation is not None:
+            first = parts[0][0].grads[0]
+            self._used = (weakref.ref(first), first._version)
+
+    def _update(self, selection: Selection, products: Sequence[Tensor], guards: Sequence[Tensor]) -> None:
+        group, bucket, lr = selection.group, selection.bucket, selection.group["lr"]
+        is_tensor = isinstance(lr, Tensor)
+        bucket.operators.update_(
+            selection.params,
+            selection.grads,
+            products,
+            bucket.backup,
+            bucket.exp_avg,
+            bucket.exp_hessian,
+            bucket.counts,
+            bucket.skipped,
+            selection.offsets,
+            selection.rows,
+            [guard.to(bucket.device, non_blocking=True) for guard in guards],
+            lr.to(bucket.device, non_blocking=True) if is_tensor else None,
+            0.0 if is_tensor else lr,
+            *group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            group["hessian_power"],
+            group["bias_correction"] == "step",
+            group["maximize"],
+        )
+        selection.wrote_params()
+
+    # ---------------------------------------------------------------- parts of a pass
+
+    def _select(self) -> list[Selection]:
+        """The parameters that have a gradient, by bucket; the first gradient gives a parameter its state."""
+        newcomers = [param for param in self._stateless if param.grad is not None]
+        if newcomers or not self._indices or not all(bucket.is_current for bucket, _ in self._buckets):
+            check_gradients(newcomers, [param.grad for param in newcomers if param.grad is not None])
+            self._pack()
+        selections = (Selection.all_of(*pair).with_gradients() for pair in self._buckets)
+        return [selection for selection in selections if selection.params]
+
+    def _participants(self, perturbation: _Perturbation) -> list[Selection]:
+        """Those perturbed parameters that have a gradient in the second pass too."""
+        selections = (selection.with_gradients() for selection in perturbation.selections)
+        return [selection for selection in selections if selection.params]
+
+    def _norm(self, selections: Sequence[Selection]) -> Tensor:
+        """The norm of the gradients over all selections, a 0-d float64 tensor."""
+        try:
+            norms = [
+                selection.bucket.operators.grad_norm(selection.grads, selection.params, selection.group["adaptive"])
+                for selection in selections
+            ]
+        except (RuntimeError, TypeError):
+            for selection in selections:
+                check_gradients(selection.params, selection.grads)
+            raise
+        if len(norms) == 1:
+            return norms[0]
+        if not norms:
+            return torch.zeros((), dtype=torch.float64)
+        return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+    def _may_measure(self, selections: Sequence[Selection]) -> bool:
+        """Whether nothing is due, or what is needed to take the products is there."""
+        if not any(selection.due() for selection in selections):
+            return True
+        if not hessian_products.SOURCES[self._hvp].needs_graph:
+            return True
+        watch = self._perturbation.watch if self._perturbation is not None else None
+        return (watch is not None and watch.built) or any(
+            grad.requires_grad for selection in selections for grad in selection.grads
+        )
+
+    def _measure(self, selections: Sequence[Selection]) -> list[Part]:
+        """Splits the selections into those due, with their Hessian estimates, and the others; frees the graphs."""
+        if not self._may_measure(selections):
+            raise ValueError(hessian_products.NO_GRAPH)
+        due, lazy = [], []
+        for selection in selections:
+            positions = selection.due()
+            others = [i for i in range(len(selection.params)) if i not in set(positions)] if positions else None
+            due += [selection.at(positions)] if positions else []
+            lazy += [selection] if others is None else [selection.at(others)] if others else []
+        estimates: list[list[Tensor]] = []
+        if due:
+            first = self.param_groups[0]
+            source = hessian_products.SOURCES[self._hvp]
+            estimates = hessian_products.estimate(
+                source, due, first["hessian_samples"], first["seed"], self._evaluations
+            )
+        for selection in (*due, *lazy):
+            self._detach_gradients(selection)
+        return [*zip(due, estimates, strict=True), *((selection, ()) for selection in lazy)]
+
+    @staticmethod
+    def _detach_gradients(selection: Selection) -> None:
+        """Lets go of the graph: gradients made with create_graph=True form cycles with their parameters."""
+        if any(grad.requires_grad for grad in selection.grads):
+            for param, grad in zip(selection.params, selection.grads, strict=True):
+                param.grad = grad.detach()
+            selection.grads = [param.grad for param in selection.params if param.grad is not None]
+
+    def _put_back(self, selections: Sequence[Selection]) -> None:
+        for selection in selections:
+            torch._foreach_copy_(list(selection.params), selection.backups())
+
+    def _put_back_bystanders(self, perturbation: _Perturbation, parts: Sequence[Part]) -> None:
+        """Restores what was perturbed but has no second gradient; the update restores the others itself."""
+        updated = sum(len(selection.params) for selection, _ in parts)
+        if updated == sum(len(selection.params) for selection in perturbation.selections):
+            return
+        moving = {param for selection, _ in parts for param in selection.params}
+        for selection in perturbation.selections:
+            self._put_back([selection.at([i for i, param in enumerate(selection.params) if param not in moving])])
+
+    def _give_up(self) -> None:
+        """After an exception in closure style: weights at w, no gradients or graphs left."""
+        perturbation, self._perturbation = self._perturbation, None
+        self._first_pass = False
+        if perturbation is not None and perturbation.active:
+            with torch.no_grad():
+                self._put_back(perturbation.selections)
+        self.zero_grad()
+
+    def _refuse_used_gradients(self, selections: Sequence[Selection]) -> None:
+        if self._used is None or not selections:
+            return
+        gradient, version = self._used
+        if any(grad is gradient() and grad._version == version for selection in selections for grad in selection.grads):
+            raise ValueError("step() called twice after one perturb(): these gradients were used by the step before")
+
+    def _settle(self) -> None:
+        """Brings the host's counts up to date with what the device did in the last step."""
+        verdict, self._verdict = self._verdict, None
+        if verdict is None:
+            return
+        if bool(verdict.skipped):
+            self._skipped_steps += 1
+            return
+        for selection, _ in verdict.parts:
+            steps = selection.bucket.steps
+            for row in selection.rows:
+                steps[row] += 1
+        self._evaluations += any(products for _, products in verdict.parts)
+
+    def _pack(self) -> None:
+        """Makes the buckets from groups and state, with new state for parameters that have a gradient."""
+        self._buckets, self._stateless, self._indices = [], [], {}
+        index = 0
+        for group in self.param_groups:
+            members: dict[tuple[torch.device, torch.dtype], list[Member]] = defaultdict(list)
+            for param in dict.fromkeys(group["params"]):
+                self._indices[param] = index
+                if param.grad is None and not self.state.get(param):
+                    self._stateless.append(param)
+                else:
+                    members[param.device, param.dtype].append(Member(param, index))
+                index += param.numel()
+            for chosen in members.values():
+                states = [self.state.get(member.param, {}) for member in chosen]
+                self._buckets.append((Bucket(chosen, states, self._backend), group))
+                self.state.update(zip((member.param for member in chosen), states, strict=True))
+
+    # ---------------------------------------------------------------- groups and state
+
+    @torch.no_grad()
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group, at any time; its parameters come last in the order of the random signs."""
+        self.restore()
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_hyperparameters(group)
+            for param in group["params"]:
+                check_parameter(param)
+            for name in _SHARED:
+                if group[name] != self.param_groups[0][name]:
+                    raise ValueError(f"{name} must be the same in all groups, got {group[name]!r}")
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self._settle()
+        self._stateless += group["params"]
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """The state in torch's usual form, with the weights restored if they were at w'."""
+        self._publish()
+        return super().state_dict()
+
+    def _publish(self) -> None:
+        """Writes the optimizer's own counts into the groups, where torch's state_dict has a place for them."""
+        self.restore()
+        self._settle()
+        for group in self.param_groups:
+            group["hessian_evaluations"] = self._evaluations
+            group["skipped_steps"] = self._skipped_steps
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state_dict, each state in its own dtype and on its parameter's device.
+
+        Raises:
+            ValueError: the groups do not match, or the state is not Sassha's.
+        """
+        self.restore()
+        # Registered last, so that it sees what the user's hooks made of the state_dict.
+        handle = self.register_load_state_dict_pre_hook(_protect_dtypes)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._publish()
+        return {**super().__getstate__(), "_hvp": self._hvp, "_backend": self._backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for param, saved in self.state.items():
+            if isinstance(saved, _AsSaved):
+                self.state[param] = dict(saved.state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        self._evaluations = max(group.get("hessian_evaluations", 0) for group in self.param_groups)
+        self._skipped_steps = max(group.get("skipped_steps", 0) for group in self.param_groups)
+        self._reset()
+        with torch.no_grad():
+            self._pack()
+
+
+def _protect_dtypes(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    for key, state in state_dict["state"].items():
+        missing = [name for name in TENSOR_STATES if name not in state]
+        if missing:
+            raise ValueError(f"state_dict: the state of parameter {key!r} has no {', '.join(missing)}: is it Sassha's?")
+    return {**state_dict, "state": {key: _AsSaved(state) for key, state in state_dict["state"].items()}}

@@ -1,0 +1,140 @@
+"""State in flat buffers: one of each kind per parameter group, device and dtype, with per-parameter views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import view_of
+from .ops import Operators, operators
+
+# Parts start at multiples of this many elements: 256 bytes in the narrowest dtype.
+PART_ALIGNMENT = 128
+
+TENSOR_STATES = ("step", "hessian_step", "exp_avg", "exp_hessian")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter that has state, and the index of its first element among all elements of the optimizer."""
+
+    param: Tensor
+    index: int
+
+
+class Bucket:
+    """The parameters of one group, device and dtype that have state, and the flat buffers that hold it.
+
+    Attributes:
+        exp_avg, exp_hessian: m and D, in float64 for float64 parameters, else float32.
+        backup: w while the parameters are at w', in their dtype.
+        counts: int64 ``[len(params), 2]``, the rows (step, hessian_step), on the device.
+        skipped: int64 ``[1]``, 1 where the last update skipped a non-finite step.
+        steps: the counts "step" once more, on the host, for the schedule.
+    """
+
+    def __init__(self, members: Sequence[Member], states: Sequence[dict[str, Any]], backend: str) -> None:
+        first = members[0].param
+        self.params = [member.param for member in members]
+        self.indices = [member.index for member in members]
+        self.rows = list(range(len(members)))
+        self.offsets, total = _offsets(self.params)
+        self.device, self.dtype = first.device, first.dtype
+        self.operators: Operators = operators(backend, first.device)
+        state_dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self.exp_avg = torch.zeros(total, dtype=state_dtype, device=first.device)
+        self.exp_hessian = torch.zeros_like(self.exp_avg)
+        self.backup = torch.zeros(total, dtype=first.dtype, device=first.device)
+        self.counts = torch.zeros((len(members), 2), dtype=torch.int64, device=first.device)
+        self.skipped = torch.zeros(1, dtype=torch.int64, device=first.device)
+        self.steps = [0] * len(members)
+        for row, state in enumerate(states):
+            self._adopt(row, state)
+
+    def _adopt(self, row: int, state: dict[str, Any]) -> None:
+        """Takes over what a parameter's state holds, and makes it views of this bucket's buffers."""
+        param, offset = self.params[row], self.offsets[row]
+        views = {
+            "step": self.counts[row, 0],
+            "hessian_step": self.counts[row, 1],
+            "exp_avg": view_of(self.exp_avg, offset, param),
+            "exp_hessian": view_of(self.exp_hessian, offset, param),
+        }
+        if state:
+            self.steps[row] = int(state["step"])
+            for name, view in views.items():
+                view.copy_(torch.as_tensor(state[name]))
+        state.update(views)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the parameters still are where the buffers are: model.to(...) moves them in place."""
+        return self.params[0].device == self.device and self.params[0].dtype == self.dtype
+
+
+def _offsets(params: Sequence[Tensor]) -> tuple[list[int], int]:
+    offsets, total = [], 0
+    for param in params:
+        offsets.append(total)
+        total += -(-param.numel() // PART_ALIGNMENT) * PART_ALIGNMENT
+    return offsets, total
+
+
+@dataclass
+class Selection:
+    """Some parameters of a bucket, by their rows, and their gradients of one pass."""
+
+    bucket: Bucket
+    group: dict[str, Any]
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    offsets: Sequence[int]
+    rows: Sequence[int]
+    indices: Sequence[int]
+
+    @classmethod
+    def all_of(cls, bucket: Bucket, group: dict[str, Any]) -> Selection:
+        """Every parameter of a bucket, without gradients."""
+        return cls(bucket, group, bucket.params, (), bucket.offsets, bucket.rows, bucket.indices)
+
+    def at(self, positions: Sequence[int]) -> Selection:
+        """The parameters at these positions of this selection."""
+        if len(positions) == len(self.params):
+            return self
+        return Selection(
+            self.bucket,
+            self.group,
+            [self.params[i] for i in positions],
+            [self.grads[i] for i in positions] if self.grads else (),
+            [self.offsets[i] for i in positions],
+            [self.rows[i] for i in positions],
+            [self.indices[i] for i in positions],
+        )
+
+    def with_gradients(self) -> Selection:
+        """The parameters that have a gradient now, with it."""
+        grads = [param.grad for param in self.params]
+        present = [grad for grad in grads if grad is not None]
+        chosen = self
+        if len(present) < len(grads):
+            chosen = self.at([i for i, grad in enumerate(grads) if grad is not None])
+        return replace(chosen, grads=present)
+
+    def due(self) -> list[int]:
+        """The positions whose next step is a Hessian step: (t - 1) mod k == 0 or t <= hessian_warmup."""
+        interval, warmup = self.group["hessian_interval"], self.group["hessian_warmup"]
+        steps = self.bucket.steps
+        due = {done for done in set(steps) if done % interval == 0 or done < warmup}
+        return [i for i, row in enumerate(self.rows) if steps[row] in due] if due else []
+
+    def backups(self) -> list[Tensor]:
+        """The parts of the bucket's backup that belong to these parameters."""
+        return [view_of(self.bucket.backup, o, p) for o, p in zip(self.offsets, self.params, strict=True)]
+
+    def wrote_params(self) -> None:
+        """Tells autograd that an operator changed the parameters in place."""
+        torch.autograd.graph.increment_version(self.params)
