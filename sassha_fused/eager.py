@@ -22,13 +22,13 @@ def _compute_dtype(param: Tensor) -> torch.dtype:
 
 
 def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor], adaptive: bool) -> Tensor:
-    r""":math:`\|g\|_2`, or :math:`\| |w| \cdot g \|_2` if adaptive, as a 0-d float64 tensor."""
-    check_gradients(params, grads)
-    squares = [
-        ((g.double() * w.double()) if adaptive else g.double()).square().sum()
-        for g, w in zip(grads, params, strict=True)
-    ]
-    return torch.stack(squares).sum().sqrt()
+    r""":math:`\|g\|_2`, or :math:`\| |w| \cdot g \|_2` if adaptive, as a 0-d float64 tensor.
+
+    params may be left empty where not adaptive; where given, gradients that do not fit them are refused.
+    """
+    check_gradients(params or grads, grads)
+    terms = [g.double() * w.double() for g, w in zip(grads, params, strict=True)] if adaptive else grads
+    return torch.stack([term.double().square().sum() for term in terms]).sum().sqrt()
 
 
 def perturb_(

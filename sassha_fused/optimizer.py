@@ -325,8 +325,8 @@ class Sassha(Optimizer):
                     self._put_back(perturbation.selections)
                 self._perturbation = None
             return
-        guards += [self._norm([selection]) for selection, _ in parts]
-        guards += [selection.bucket.operators.grad_norm(found, found, False) for selection, found in parts if found]
+        guards.append(self._norm([selection for selection, _ in parts]))
+        guards += [selection.bucket.operators.grad_norm(found, (), False) for selection, found in parts if found]
         with uninterrupted():
             if perturbation is None or not perturbation.active:
                 for selection, _ in parts:
@@ -385,9 +385,15 @@ class Sassha(Optimizer):
 
     def _norm(self, selections: Sequence[Selection]) -> Tensor:
         """The norm of the gradients over all selections, a 0-d float64 tensor."""
+        # The pass that follows checks a single selection itself; of several, all are checked before one is written.
+        several = len(selections) > 1
         try:
             norms = [
-                selection.bucket.operators.grad_norm(selection.grads, selection.params, selection.group["adaptive"])
+                selection.bucket.operators.grad_norm(
+                    selection.grads,
+                    selection.params if several or selection.group["adaptive"] else (),
+                    selection.group["adaptive"],
+                )
                 for selection in selections
             ]
         except (RuntimeError, TypeError):
@@ -428,17 +434,20 @@ class Sassha(Optimizer):
             estimates = hessian_products.estimate(
                 source, due, first["hessian_samples"], first["seed"], self._evaluations
             )
-        for selection in (*due, *lazy):
+        for selection in due:
             self._detach_gradients(selection)
+        for selection in lazy:
+            # A graph that nobody asked for is let go of too; two gradients tell whether there is one.
+            if selection.grads[0].requires_grad or selection.grads[-1].requires_grad:
+                self._detach_gradients(selection)
         return [*zip(due, estimates, strict=True), *((selection, ()) for selection in lazy)]
 
     @staticmethod
     def _detach_gradients(selection: Selection) -> None:
         """Lets go of the graph: gradients made with create_graph=True form cycles with their parameters."""
-        if any(grad.requires_grad for grad in selection.grads):
-            for param, grad in zip(selection.params, selection.grads, strict=True):
-                param.grad = grad.detach()
-            selection.grads = [param.grad for param in selection.params if param.grad is not None]
+        selection.grads = [grad.detach() for grad in selection.grads]
+        for param, grad in zip(selection.params, selection.grads, strict=True):
+            param.grad = grad
 
     def _put_back(self, selections: Sequence[Selection]) -> None:
         for selection in selections:
@@ -474,13 +483,12 @@ class Sassha(Optimizer):
         verdict, self._verdict = self._verdict, None
         if verdict is None:
             return
-        if bool(verdict.skipped):
+        # A fake tensor (torch.export, memory estimates) has no value to read; such steps count as taken.
+        if type(verdict.skipped) is Tensor and bool(verdict.skipped):
             self._skipped_steps += 1
             return
         for selection, _ in verdict.parts:
-            steps = selection.bucket.steps
-            for row in selection.rows:
-                steps[row] += 1
+            selection.count_step()
         self._evaluations += any(products for _, products in verdict.parts)
 
     def _pack(self) -> None:

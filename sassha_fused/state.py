@@ -131,6 +131,15 @@ class Selection:
         due = {done for done in set(steps) if done % interval == 0 or done < warmup}
         return [i for i, row in enumerate(self.rows) if steps[row] in due] if due else []
 
+    def count_step(self) -> None:
+        """Counts one more step of these parameters on the host."""
+        steps = self.bucket.steps
+        if self.rows is self.bucket.rows:
+            self.bucket.steps = [step + 1 for step in steps]
+        else:
+            for row in self.rows:
+                steps[row] += 1
+
     def backups(self) -> list[Tensor]:
         """The parts of the bucket's backup that belong to these parameters."""
         return [view_of(self.bucket.backup, o, p) for o, p in zip(self.offsets, self.params, strict=True)]

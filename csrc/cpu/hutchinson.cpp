@@ -33,12 +33,13 @@ void hutchinson_(StableListHandle product_list, Tensor estimate, std::vector<int
     using P = decltype(zero);
     using T = Compute<P>;
     T* estimates = static_cast<T*>(estimate.mutable_data_ptr());
-    Blocks(products).for_each_range([&](int64_t i, int64_t begin, int64_t end) {
-      T signs[kTile], tile[kTile];
-      for_each_tile(begin, end, [&](int64_t start, int64_t n) {
-        fill_signs(stream, indices[i] + start, signs, n);
-        const T* product = load(products.data<P>(i) + start, tile, n);
-        accumulate_tile<T>(signs, product, estimates + offsets[i] + start, n, first, divisor);
+    ElementRanges(products).for_each([&](int64_t i, int64_t begin, int64_t end) {
+      for_each_tile(end - begin, [&](int64_t start, int64_t n) {
+        T signs[kTile], tile[kTile];
+        const int64_t element = begin + start;
+        fill_signs(stream, indices[i] + element, signs, n);
+        const T* product = load(products.data<P>(i) + element, tile, n);
+        accumulate_tile<T>(signs, product, estimates + offsets[i] + element, n, first, divisor);
       });
     });
   });

@@ -9,22 +9,28 @@ namespace sassha::cpu {
 namespace {
 
 template <class T, bool kAdaptive>
-SASSHA_CLONES void perturb_tile(const T* w, const T* g, T* result, int64_t n, T scale) {
-  for (int64_t i = 0; i < n; ++i) result[i] = perturbed<T, kAdaptive>(w[i], g[i], scale);
+SASSHA_CLONES void perturb_tile(T* w, const T* g, int64_t n, T scale) {
+  for (int64_t i = 0; i < n; ++i) w[i] = perturbed<T, kAdaptive>(w[i], g[i], scale);
 }
 
+// The weights are read just before they are written and stay in the caches; the backup is not, and is streamed.
 template <class P>
-void perturb_range(P* w, const P* g, P* backup, int64_t begin, int64_t end, Compute<P> scale, bool adaptive,
-                   bool streaming) {
+void perturb_range(P* w, const P* g, P* backup, int64_t n, Compute<P> scale, bool adaptive, bool streaming) {
   using T = Compute<P>;
-  T w_tile[kTile], g_tile[kTile], result[kTile];
-  for_each_tile(begin, end, [&](int64_t start, int64_t n) {
-    const T* w_values = load(w + start, w_tile, n);
-    const T* g_values = load(g + start, g_tile, n);
-    const auto tile = adaptive ? perturb_tile<T, true> : perturb_tile<T, false>;
-    tile(w_values, g_values, result, n, scale);
-    copy(backup + start, w + start, n, streaming);
-    store(w + start, result, n, streaming);
+  const auto perturb = adaptive ? perturb_tile<T, true> : perturb_tile<T, false>;
+  for_each_tile(n, [&](int64_t start, int64_t length) {
+    [[maybe_unused]] T w_tile[kTile], g_tile[kTile];
+    prefetch_tile(w, start, n);
+    prefetch_tile(g, start, n);
+    copy(backup + start, w + start, length, streaming);
+    const T* gradient = load(g + start, g_tile, length);
+    if constexpr (std::is_same_v<P, T>) {
+      perturb(w + start, gradient, length, scale);
+    } else {
+      widen(w + start, w_tile, length);
+      perturb(w_tile, gradient, length, scale);
+      narrow(w_tile, w + start, length);
+    }
   });
 }
 
@@ -33,16 +39,17 @@ void perturb_(StableListHandle param_list, StableListHandle grad_list, Tensor ba
   const TensorList params(param_list);
   const TensorList grads(grad_list, params);
   if (params.empty()) return;
-  const Blocks blocks(params);
+  const ElementRanges ranges(params);
   const double gradient_norm = *static_cast<const double*>(norm.const_data_ptr());
   with_dtype(params.dtype(), [&](auto zero) {
     using P = decltype(zero);
     STD_TORCH_CHECK(grads.dtype() == params.dtype(), "grads and params differ in dtype");
     P* backups = static_cast<P*>(backup.mutable_data_ptr());
     const auto scale = perturbation_scale<Compute<P>>(rho, gradient_norm, maximize);
-    const bool streaming = blocks.elements * static_cast<int64_t>(sizeof(P)) > kStreamingBytes;
-    blocks.for_each_range([&](int64_t i, int64_t begin, int64_t end) {
-      perturb_range<P>(params.data<P>(i), grads.data<P>(i), backups + offsets[i], begin, end, scale, adaptive,
+    const bool streaming = ranges.streaming<P>();
+    ranges.for_each([&](int64_t i, int64_t begin, int64_t end) {
+      P* old = backups + offsets[i] + begin;
+      perturb_range<P>(params.data<P>(i) + begin, grads.data<P>(i) + begin, old, end - begin, scale, adaptive,
                        streaming);
     });
   });

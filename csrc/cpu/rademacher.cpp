@@ -14,15 +14,13 @@ void rademacher_(StableListHandle sign_list, std::vector<int64_t> indices, int64
   if (signs.empty()) return;
   const SignStream stream{static_cast<uint64_t>(seed), static_cast<uint32_t>(evaluation),
                           static_cast<uint32_t>(sample)};
-  const Blocks blocks(signs);
+  const ElementRanges ranges(signs);
   with_dtype(signs.dtype(), [&](auto zero) {
     using P = decltype(zero);
-    const bool streaming = blocks.elements * static_cast<int64_t>(sizeof(P)) > kStreamingBytes;
-    blocks.for_each_range([&](int64_t i, int64_t begin, int64_t end) {
-      Compute<P> tile[kTile];
-      for_each_tile(begin, end, [&](int64_t start, int64_t n) {
-        fill_signs(stream, indices[i] + start, tile, n);
-        store(signs.data<P>(i) + start, tile, n, streaming);
+    ranges.for_each([&](int64_t i, int64_t begin, int64_t end) {
+      for_each_tile(end - begin, [&](int64_t start, int64_t n) {
+        with_result(signs.data<P>(i) + begin + start, n, ranges.streaming<P>(),
+                    [&](Compute<P>* tile) { fill_signs(stream, indices[i] + begin + start, tile, n); });
       });
     });
   });

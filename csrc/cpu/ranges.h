@@ -10,8 +10,8 @@
 
 namespace sassha::cpu {
 
-// The unit of work: small enough to balance the threads, and the fixed unit of the norm's summation.
-constexpr int64_t kBlock = 4096;
+// Ranges start at multiples of this many elements of a tensor. The norm sums each block by itself, in a fixed order.
+constexpr int64_t kBlock = 16384;
 
 // Fewer elements than this are not worth waking a second thread.
 constexpr int64_t kSerial = 16384;
@@ -19,42 +19,53 @@ constexpr int64_t kSerial = 16384;
 // From this many bytes written on, results leave the caches before anyone reads them: stream them.
 constexpr int64_t kStreamingBytes = 8 << 20;
 
-// The chunk table: tensor i owns the blocks first_block[i] to first_block[i + 1] - 1.
-struct Blocks {
-  std::vector<int64_t> numel;
-  std::vector<int64_t> first_block;
-  int64_t elements = 0;
-
-  explicit Blocks(const TensorList& tensors) : first_block{0} {
-    numel.reserve(tensors.size());
-    first_block.reserve(tensors.size() + 1);
-    for (int64_t i = 0; i < tensors.size(); ++i) {
-      numel.push_back(tensors.numel(i));
-      elements += numel.back();
-      first_block.push_back(first_block.back() + (numel.back() + kBlock - 1) / kBlock);
-    }
+// All elements of a list of tensors, one tensor after the other, and how to share them out among the threads.
+class ElementRanges {
+ public:
+  explicit ElementRanges(const TensorList& tensors) : tensors_(tensors), first_(tensors.size() + 1) {
+    for (int64_t i = 0; i < tensors.size(); ++i) first_[i + 1] = first_[i] + tensors.numel(i);
   }
 
-  int64_t count() const { return first_block.back(); }
+  int64_t count() const { return first_.back(); }
 
-  // Calls body(tensor, begin, end) for ranges that cover every element once. A thread's blocks are consecutive, so its
-  // ranges are as long as can be; all but a tensor's last one end on a block boundary.
+  // Whether writing an array of P for these elements should go around the caches.
+  template <class P>
+  bool streaming() const {
+    return count() * static_cast<int64_t>(sizeof(P)) > kStreamingBytes;
+  }
+
+  // Calls body(tensor, begin, end) for ranges that cover every element once. Each thread has one share of the whole, as
+  // long a run of memory as can be.
   template <class Body>
-  void for_each_range(const Body& body) const {
-    const int64_t grain = elements < kSerial ? std::max<int64_t>(count(), 1) : 1;
-    torch::stable::parallel_for(0, count(), grain, [&](int64_t block, int64_t last) {
-      int64_t tensor = std::upper_bound(first_block.begin(), first_block.end(), block) - first_block.begin() - 1;
-      while (block < last) {
-        const int64_t stop = std::min(last, first_block[tensor + 1]);
-        const int64_t begin = (block - first_block[tensor]) * kBlock;
-        const int64_t end = std::min(numel[tensor], (stop - first_block[tensor]) * kBlock);
-        if (begin < end) body(tensor, begin, end);
-        block = stop;
-        ++tensor;
+  void for_each(const Body& body) const {
+    const int64_t shares = count() < kSerial ? 1 : torch::stable::get_num_threads();
+    torch::stable::parallel_for(0, shares, 1, [&](int64_t share, int64_t last_share) {
+      const Position begin = boundary(share, shares), end = boundary(last_share, shares);
+      for (int64_t i = begin.tensor; i < tensors_.size() && i <= end.tensor; ++i) {
+        const int64_t from = i == begin.tensor ? begin.element : 0;
+        const int64_t to = i == end.tensor ? end.element : tensors_.numel(i);
+        if (from < to) body(i, from, to);
       }
       finish_streaming();
     });
   }
+
+ private:
+  struct Position {
+    int64_t tensor;
+    int64_t element;
+  };
+
+  Position boundary(int64_t share, int64_t shares) const {
+    const int64_t target = count() / shares * share + count() % shares * share / shares;
+    const int64_t tensor = std::upper_bound(first_.begin(), first_.end(), target) - first_.begin() - 1;
+    if (tensor == tensors_.size()) return {tensor, 0};
+    const int64_t block = (target - first_[tensor]) / kBlock;
+    return {tensor, block * kBlock};
+  }
+
+  const TensorList& tensors_;
+  std::vector<int64_t> first_;  // index of each tensor's first element in the whole
 };
 
 }  // namespace sassha::cpu

@@ -12,7 +12,7 @@
 
 namespace sassha::cpu {
 
-constexpr int64_t kTile = 1024;
+constexpr int64_t kTile = 256;
 
 template <class P>
 struct ComputeType {
@@ -56,11 +56,16 @@ void copy(P* destination, const P* source, int64_t n, bool streaming) {
   }
 }
 
-// Rounds to nearest even where P is narrower than the compute type.
-template <class P>
-void store(P* destination, const Compute<P>* tile, int64_t n, bool streaming) {
+// Has compute(tile) fill a tile and puts it to destination: directly where possible, else rounded to nearest even.
+template <class P, class Fill>
+void with_result(P* destination, int64_t n, bool streaming, const Fill& compute) {
   if constexpr (std::is_same_v<P, Compute<P>>) {
-    copy(destination, tile, n, streaming);
+    if (!streaming) return compute(destination);
+  }
+  Compute<P> tile[kTile];
+  compute(tile);
+  if constexpr (std::is_same_v<P, Compute<P>>) {
+    copy_streaming(destination, tile, n * static_cast<int64_t>(sizeof(P)));
   } else {
     P rounded[kTile];
     narrow(tile, rounded, n);
@@ -68,10 +73,17 @@ void store(P* destination, const Compute<P>* tile, int64_t n, bool streaming) {
   }
 }
 
-// Calls body(start, length) for consecutive tiles of [begin, end).
+// Reads ahead: the tile after the next one, of an array of n elements whose tile at start is at work.
+template <class P>
+void prefetch_tile(const P* array, int64_t start, int64_t n) {
+  const int64_t ahead = start + 2 * kTile;
+  if (ahead < n) prefetch(array + ahead, std::min(kTile, n - ahead) * static_cast<int64_t>(sizeof(P)));
+}
+
+// Calls body(start, length) for consecutive tiles of n elements.
 template <class Body>
-void for_each_tile(int64_t begin, int64_t end, const Body& body) {
-  for (int64_t start = begin; start < end; start += kTile) body(start, std::min(kTile, end - start));
+void for_each_tile(int64_t n, const Body& body) {
+  for (int64_t start = 0; start < n; start += kTile) body(start, std::min(kTile, n - start));
 }
 
 }  // namespace sassha::cpu

@@ -68,9 +68,9 @@ UpdateTile<T> update_tile_for(Power power) {
   }
 }
 
-// One parameter's memory. Products come in the parameter's dtype, means over several samples in the compute type.
+// A range of one parameter. Products come in the parameter's dtype, means over several samples in the compute type.
 template <class P>
-struct Parameter {
+struct UpdateRange {
   using T = Compute<P>;
   P* w;
   const P* g;
@@ -80,15 +80,21 @@ struct Parameter {
   T* exp_avg;
   T* exp_hessian;
 
-  void update(int64_t begin, int64_t end, UpdateTile<T> tile, const UpdateScalars<T>& scalars, bool streaming) const {
-    T w_tile[kTile], g_tile[kTile], product_tile[kTile], result[kTile];
-    for_each_tile(begin, end, [&](int64_t start, int64_t n) {
-      const T* hessian = product        ? load(product + start, product_tile, n)
+  void run(int64_t n, UpdateTile<T> update, const UpdateScalars<T>& scalars, bool streaming) const {
+    for_each_tile(n, [&](int64_t start, int64_t length) {
+      T w_tile[kTile], g_tile[kTile], product_tile[kTile];
+      prefetch_tile(g, start, n);
+      prefetch_tile(backup, start, n);
+      prefetch_tile(exp_avg, start, n);
+      prefetch_tile(exp_hessian, start, n);
+      const T* hessian = product        ? load(product + start, product_tile, length)
                          : mean_product ? mean_product + start
                                         : nullptr;
-      tile(load(backup + start, w_tile, n), load(g + start, g_tile, n), hessian, exp_avg + start, exp_hessian + start,
-           result, n, scalars);
-      store(w + start, result, n, streaming);
+      const T* old = load(backup + start, w_tile, length);
+      const T* gradient = load(g + start, g_tile, length);
+      with_result(w + start, length, streaming, [&](T* result) {
+        update(old, gradient, hessian, exp_avg + start, exp_hessian + start, result, length, scalars);
+      });
     });
   }
 };
@@ -105,15 +111,15 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
   const bool finite = all_finite(guards);
   *static_cast<int64_t*>(skipped.mutable_data_ptr()) = finite ? 0 : 1;
   if (params.empty()) return;
-  const Blocks blocks(params);
+  const ElementRanges ranges(params);
   with_dtype(params.dtype(), [&](auto zero) {
     using P = decltype(zero);
     using T = Compute<P>;
     STD_TORCH_CHECK(grads.dtype() == params.dtype(), "grads and params differ in dtype");
     const P* backups = static_cast<const P*>(backup.const_data_ptr());
-    const bool streaming = blocks.elements * static_cast<int64_t>(sizeof(P)) > kStreamingBytes;
+    const bool streaming = ranges.streaming<P>();
     if (!finite) {
-      blocks.for_each_range([&](int64_t i, int64_t begin, int64_t end) {
+      ranges.for_each([&](int64_t i, int64_t begin, int64_t end) {
         copy(params.data<P>(i) + begin, backups + offsets[i] + begin, end - begin, streaming);
       });
       return;
@@ -122,22 +128,23 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
         lr_tensor ? scalar(*lr_tensor) : lr, beta1, beta2, eps, weight_decay, hessian_power, maximize};
     const auto scalars = advance<T>(static_cast<int64_t*>(steps.mutable_data_ptr()), rows, hessian_step,
                                     step_correction, hyperparameters);
-    const auto tile = hessian_step ? update_tile_for<T, true>(power_of(hessian_power))
-                                   : update_tile_for<T, false>(power_of(hessian_power));
+    const auto update = hessian_step ? update_tile_for<T, true>(power_of(hessian_power))
+                                     : update_tile_for<T, false>(power_of(hessian_power));
     const bool means = hessian_step && products.dtype() != params.dtype();
     T* averages = static_cast<T*>(exp_avg.mutable_data_ptr());
     T* hessians = static_cast<T*>(exp_hessian.mutable_data_ptr());
-    blocks.for_each_range([&](int64_t i, int64_t begin, int64_t end) {
-      const Parameter<P> parameter{
-          params.data<P>(i),
-          grads.data<P>(i),
-          hessian_step && !means ? products.data<const P>(i) : nullptr,
-          means ? products.data<const T>(i) : nullptr,
-          backups + offsets[i],
-          averages + offsets[i],
-          hessians + offsets[i],
+    ranges.for_each([&](int64_t i, int64_t begin, int64_t end) {
+      const int64_t flat = offsets[i] + begin;
+      const UpdateRange<P> range{
+          params.data<P>(i) + begin,
+          grads.data<P>(i) + begin,
+          hessian_step && !means ? products.data<const P>(i) + begin : nullptr,
+          means ? products.data<const T>(i) + begin : nullptr,
+          backups + flat,
+          averages + flat,
+          hessians + flat,
       };
-      parameter.update(begin, end, tile, scalars[i], streaming);
+      range.run(end - begin, update, scalars[i], streaming);
     });
   });
   params.write_back();

@@ -1,0 +1,184 @@
+"""Conformance on this machine: every operator of every backend, on every device, against the formulas in float64.
+
+The expected values come from the eager operators run in float64 on the CPU; the tests of the project hold these to an
+independent reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import eager
+from .layout import view_of
+from .ops import Operators, available_backends, operators
+from .state import Bucket, Member
+from .validation import DTYPES
+
+# Around the vectors, tiles and blocks of the kernels, and nothing at all.
+SIZES = (0, 1, 7, 16, 33, 255, 1023, 4097, 70001)
+# In units in the last place of each value or of 1, the size of the terms it is summed from, whichever is larger.
+TOLERANCE_ULP = 8.0
+
+HYPERPARAMETERS = (0.15, 0.9, 0.999, 1e-4, 0.01)  # lr, beta1, beta2, eps, weight_decay
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one case: the largest error in ulp, or what was raised."""
+
+    device: str
+    backend: str
+    dtype: str
+    operator: str
+    error: float
+    failure: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance."""
+        return not self.failure and self.error <= TOLERANCE_ULP
+
+
+class _Case:
+    """Random parameters, gradients and state, the same numbers on any device and in any dtype."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, exact: bool) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(count: int) -> Tensor:
+            return torch.randn(count, dtype=torch.float64, generator=generator).to(dtype)
+
+        target = torch.float64 if exact else dtype
+        params = [random(size).to(device, target) for size in SIZES]
+        self.grads = [random(size).to(device, target) for size in SIZES]
+        self.products = [random(size).to(device, target) for size in SIZES]
+        starts = [sum(SIZES[:i]) for i in range(len(SIZES))]
+        members = [Member(param, start) for param, start in zip(params, starts, strict=True)]
+        self.bucket = Bucket(members, [{} for _ in members], "eager")
+        self.bucket.exp_avg.copy_(random(self.bucket.exp_avg.numel()).float())
+        self.bucket.exp_hessian.copy_(random(self.bucket.exp_hessian.numel()).float().abs())
+        self.bucket.counts.fill_(3)
+
+
+def _grad_norm(case: _Case, backend: Operators) -> list[Tensor]:
+    params = case.bucket.params
+    return [backend.grad_norm(case.grads, params, False), backend.grad_norm(case.grads, params, True)]
+
+
+def _perturb(case: _Case, backend: Operators) -> list[Tensor]:
+    bucket = case.bucket
+    norm = torch.tensor(7.0, dtype=torch.float64, device=bucket.device)
+    backend.perturb_(bucket.params, case.grads, bucket.backup, bucket.offsets, norm, 0.2, False, False)
+    backups = [view_of(bucket.backup, offset, p) for offset, p in zip(bucket.offsets, bucket.params, strict=True)]
+    return [*bucket.params, *backups]
+
+
+def _rademacher(case: _Case, backend: Operators) -> list[Tensor]:
+    signs = [torch.empty_like(param) for param in case.bucket.params]
+    backend.rademacher_(signs, case.bucket.indices, 2**40 + 1, 3, 1)
+    return signs
+
+
+def _hutchinson(case: _Case, backend: Operators) -> list[Tensor]:
+    bucket = case.bucket
+    estimate = torch.zeros_like(bucket.exp_hessian)
+    for sample in range(3):
+        backend.hutchinson_(case.products, estimate, bucket.offsets, bucket.indices, 5, 0, sample, 3)
+    return [estimate]
+
+
+def _update(hessian: bool) -> Callable[[_Case, Operators], list[Tensor]]:
+    def run(case: _Case, backend: Operators) -> list[Tensor]:
+        bucket = case.bucket
+        for offset, param in zip(bucket.offsets, bucket.params, strict=True):
+            view_of(bucket.backup, offset, param).copy_(param)
+        guards = [torch.ones((), dtype=torch.float64, device=bucket.device)]
+        backend.update_(
+            bucket.params,
+            case.grads,
+            case.products if hessian else [],
+            bucket.backup,
+            bucket.exp_avg,
+            bucket.exp_hessian,
+            bucket.counts,
+            bucket.skipped,
+            bucket.offsets,
+            bucket.rows,
+            guards,
+            None,
+            *HYPERPARAMETERS,
+            0.5,
+            True,
+            False,
+        )
+        return [*bucket.params, bucket.exp_avg, bucket.exp_hessian, bucket.counts]
+
+    return run
+
+
+CASES: dict[str, Callable[[_Case, Operators], list[Tensor]]] = {
+    "grad_norm": _grad_norm,
+    "perturb_": _perturb,
+    "rademacher_": _rademacher,
+    "hutchinson_": _hutchinson,
+    "update_ (lazy)": _update(False),
+    "update_ (Hessian)": _update(True),
+}
+
+
+def _error_in_ulp(actual: Tensor, expected: Tensor) -> float:
+    """The largest error of any element, in units in the last place; inf where a NaN or inf is new."""
+    if actual.numel() == 0:
+        return 0.0
+    exact = expected.double()
+    difference = (actual.cpu().double() - exact).abs()
+    if not actual.is_floating_point():
+        return 0.0 if not difference.any() else float("inf")
+    # The expected values are themselves rounded in float64.
+    epsilon = max(torch.finfo(actual.dtype).eps, 1e-12 / TOLERANCE_ULP)
+    return float((difference / (exact.abs().clamp(min=1) * epsilon)).nan_to_num(nan=float("inf")).max())
+
+
+def run() -> Iterator[Result]:
+    """Runs every case on every device, backend and dtype that there is, one after the other."""
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    for device in devices:
+        for backend, reason in available_backends().items():
+            if reason is not None:
+                continue
+            try:
+                chosen = operators(backend, device)
+            except ValueError:
+                continue
+            for dtype in DTYPES:
+                for name, case in CASES.items():
+                    error, failure = float("inf"), ""
+                    try:
+                        found = case(_Case(device, dtype, exact=False), chosen)
+                        expected = case(_Case(torch.device("cpu"), dtype, exact=True), eager)
+                        error = max(_error_in_ulp(a, e) for a, e in zip(found, expected, strict=True))
+                    except Exception as raised:  # a backend's failure is a row of the table, whatever it is
+                        failure = f"{type(raised).__name__}: {raised}"
+                    yield Result(str(device), backend, str(dtype).removeprefix("torch."), name, error, failure)
+
+
+def main() -> int:
+    """Prints the table as it grows; returns 1 if any case failed."""
+    layout = "{:8} {:8} {:9} {:18} {:>12}  {}"
+    print(layout.format("device", "backend", "dtype", "operator", "error (ulp)", "result"))
+    failed = count = 0
+    for result in run():
+        outcome = "passed" if result.passed else f"FAILED {result.failure}"
+        print(
+            layout.format(result.device, result.backend, result.dtype, result.operator, f"{result.error:.2f}", outcome),
+            flush=True,
+        )
+        count += 1
+        failed += not result.passed
+    print(f"{count - failed} passed, {failed} failed")
+    return int(failed > 0)

@@ -1,0 +1,420 @@
+"""Sassha written a second time: one parameter at a time, in plain torch, sharing no code with the package.
+
+It is the ground truth of the conformance tests (on float64 copies) and, in float32, the per-tensor loop that the demo
+and the benchmarks compare with: the same operations and temporaries as the published optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random signs: Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
+
+MASK = 0xFFFFFFFF
+SIGNS_PER_BLOCK = 128
+
+
+def philox4x32(counter: Any, key: tuple[int, int]) -> Any:
+    """Four 32-bit words from four counter words and two key words, after 10 rounds.
+
+    Words are Python ints; the counter's may also be uint64 arrays, since no product of two words exceeds 64 bits.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        even, odd = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (odd >> 32) ^ c1 ^ k0, odd & MASK, (even >> 32) ^ c3 ^ k1, even & MASK
+        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
+    return c0, c1, c2, c3
+
+
+def signs(start: int, count: int, seed: int, evaluation: int, sample: int) -> Tensor:
+    """The +-1 (float64) of elements start, ..., start + count - 1 in one sample of one Hessian evaluation."""
+    first, last = start // SIGNS_PER_BLOCK, (start + count + SIGNS_PER_BLOCK - 1) // SIGNS_PER_BLOCK
+    block = np.arange(first, last, dtype=np.uint64)
+    counter = (block & MASK, block >> 32, np.full_like(block, evaluation), np.full_like(block, sample))
+    words = np.stack(philox4x32(counter, (seed & MASK, seed >> 32 & MASK)), axis=-1).astype("<u4")
+    bits = np.unpackbits(words.view(np.uint8).reshape(-1), bitorder="little")
+    bits = bits[start - first * SIGNS_PER_BLOCK :][:count]
+    return torch.from_numpy(bits.astype(np.float64)).mul_(2).sub_(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The order that numbers a tensor's elements
+
+
+def _dimension_order(t: Tensor) -> list[int]:
+    """Dimensions from slowest to fastest in memory where t is dense and does not overlap, else as they are."""
+    order = sorted(range(t.dim()), key=t.stride, reverse=True)
+    return order if t.permute(order).is_contiguous() else list(range(t.dim()))
+
+
+def memory_order(t: Tensor) -> Tensor:
+    """The elements of t as a vector, in the order of memory where t is dense (then a view), else row-major."""
+    return t.permute(_dimension_order(t)).reshape(-1)
+
+
+def from_memory_order(flat: Tensor, like: Tensor) -> Tensor:
+    """The inverse: a view of flat with the shape of like, such that memory_order(like) and flat correspond."""
+    order = _dimension_order(like)
+    return flat.view([like.size(d) for d in order]).permute(sorted(range(like.dim()), key=order.__getitem__))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer
+
+
+def _wide(t: Tensor) -> Tensor:
+    """t itself where it can be computed in; 16-bit tensors are computed in float32."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+def _norm(t: Tensor) -> float:
+    """||t||_2 summed in float64; in pieces, because the whole of a large t in float64 would not fit the cache."""
+    pieces = [t] if t.numel() <= 65536 else t.reshape(-1).split(65536)
+    return math.sqrt(sum(torch.linalg.vector_norm(piece, dtype=torch.float64).item() ** 2 for piece in pieces))
+
+
+def _is_finite(t: Tensor) -> bool:
+    """No inf and no NaN in t; the norm is the cheaper test, but may overflow."""
+    return math.isfinite(torch.linalg.vector_norm(t).item()) or bool(torch.isfinite(t).all())
+
+
+class ReferenceSassha(torch.optim.Optimizer):
+    """Sassha as a per-tensor loop.
+
+    State per parameter: "step" (int, t), "hessian_step" (int, the exponent in c2), "exp_avg" and "exp_hessian" (float64
+    for float64 parameters, else float32). The seed and hessian_samples are those of the optimizer, every other
+    hyperparameter may differ between groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.15,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-4,
+        weight_decay: float = 0.0,
+        *,
+        rho: float = 0.2,
+        adaptive: bool = False,
+        hessian_interval: int = 10,
+        hessian_warmup: int = 0,
+        hessian_samples: int = 1,
+        hessian_power: float = 0.5,
+        bias_correction: str = "step",
+        maximize: bool = False,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rho": rho,
+            "adaptive": adaptive,
+            "hessian_interval": hessian_interval,
+            "hessian_warmup": hessian_warmup,
+            "hessian_power": hessian_power,
+            "bias_correction": bias_correction,
+            "maximize": maximize,
+        }
+        self.hessian_samples = hessian_samples
+        self.seed = seed
+        self.hessian_evaluations = 0
+        self.skipped_steps = 0
+        self.perturbed = False
+        self._backups: list[Tensor | None] = []
+        self._grad_norm = 0.0
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        # A parameter listed twice is one parameter.
+        param_group["params"] = list(dict.fromkeys(param_group["params"]))
+
+    @property
+    def hessian_due(self) -> bool:
+        """Whether the coming update is a Hessian step of any parameter (once perturbed: of any perturbed one)."""
+        every = self._each()
+        moved = [b is not None for b in self._backups] if self.perturbed else [p.requires_grad for _, p in every]
+        return any(self._is_due(group, p) for (group, p), yes in zip(every, moved, strict=True) if yes)
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
+        """One step; the closure computes and returns the loss, backward is run here. Returns the first pass's loss."""
+        loss, _ = self._backward(closure)
+        self.perturb()
+        try:
+            second_loss, grads = self._backward(closure, create_graph=self.hessian_due)
+            products = self._hessian_products(grads)
+            if _is_finite(loss) and _is_finite(second_loss):
+                self.update(products)
+            else:
+                self._skip()
+        except BaseException:
+            self.restore()
+            raise
+        return loss
+
+    @torch.no_grad()
+    def perturb(self) -> None:
+        """w <- w + rho g / (N + 1e-12) from p.grad, adaptive: times w^2; keeps backups of w and clears p.grad."""
+        if self.perturbed:
+            raise ValueError("perturb called twice")
+        self._grad_norm = self._global_grad_norm()
+        for group in self.param_groups:
+            scale = group["rho"] / (self._grad_norm + 1e-12)
+            for p in group["params"]:
+                if p.grad is None:
+                    self._backups.append(None)
+                    continue
+                self._backups.append(p.clone())
+                w = _wide(p)
+                grad = _wide(p.grad)
+                e_w = (-grad if group["maximize"] else grad) * scale
+                if group["adaptive"]:
+                    e_w *= torch.pow(w, 2)
+                w.add_(e_w)
+                if w is not p:
+                    p.copy_(w)
+        self.perturbed = True
+        self.zero_grad()
+
+    @torch.no_grad()
+    def update(self, products: Sequence[Tensor | None] | None = None) -> None:
+        """The rest of the step from p.grad, after w is restored.
+
+        products holds one entry per parameter in group order: the estimate H (mean of z . Hz over samples, signed)
+        where this is a Hessian step of the parameter, None where it is a lazy one. Without perturb() before it, the
+        step is an unperturbed one.
+        """
+        every = self._each()
+        products = products or [None] * len(every)
+        moved = [b is not None for b in self._backups] if self.perturbed else [True] * len(every)
+        active = [
+            (group, p, hess)
+            for (group, p), hess, yes in zip(every, products, moved, strict=True)
+            if p.grad is not None and yes
+        ]
+        if any(hess is None and self._count(p, "hessian_step") == 0 for _, p, hess in active):
+            raise ValueError("the first step of a parameter needs its Hessian product")
+
+        guards = [p.grad for _, p in every if p.grad is not None]
+        guards += [hess for _, _, hess in active if hess is not None]
+        if not (math.isfinite(self._grad_norm) and all(map(_is_finite, guards))):
+            return self._skip()
+
+        self.restore()
+        self.hessian_evaluations += any(hess is not None for _, _, hess in active)
+        for group, p, hess in active:
+            lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+            w = _wide(p)
+            grad = _wide(p.grad)  # type: ignore[arg-type]
+            if group["maximize"]:
+                grad = -grad
+
+            state = self.state[p]
+            if len(state) == 0:
+                state["step"] = 0
+                state["hessian_step"] = 0
+                state["exp_avg"] = torch.zeros_like(w)
+                state["exp_hessian"] = torch.zeros_like(w)
+            exp_avg, exp_hessian = state["exp_avg"], state["exp_hessian"]
+            state["step"] += 1
+
+            w.mul_(1 - lr * group["weight_decay"])
+            exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
+            if hess is not None:
+                exp_hessian.mul_(beta2).add_(_wide(hess).abs(), alpha=1 - beta2)
+                by_step = group["bias_correction"] == "step"
+                state["hessian_step"] = state["step"] if by_step else state["hessian_step"] + 1
+            bias_correction1 = 1 - beta1 ** state["step"]
+            bias_correction2 = 1 - beta2 ** state["hessian_step"]
+
+            denom = ((exp_hessian / bias_correction2) ** group["hessian_power"]).add_(group["eps"])
+            w.addcdiv_(exp_avg, denom, value=-lr / bias_correction1)
+            if w is not p:
+                p.copy_(w)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back the weights that perturb moved, bit for bit."""
+        for (_, p), backup in zip(self._each(), self._backups, strict=False):
+            if backup is not None:
+                p.copy_(backup)
+        self._backups = []
+        self._grad_norm = 0.0
+        self.perturbed = False
+
+    def _skip(self) -> None:
+        self.restore()
+        self.skipped_steps += 1
+
+    def _each(self) -> list[tuple[dict[str, Any], Tensor]]:
+        """Every parameter with its group, in the order of products."""
+        return [(group, p) for group in self.param_groups for p in group["params"]]
+
+    def _count(self, p: Tensor, counter: str) -> int:
+        return self.state[p][counter] if p in self.state else 0
+
+    def _is_due(self, group: dict[str, Any], p: Tensor) -> bool:
+        t = self._count(p, "step") + 1
+        return (t - 1) % group["hessian_interval"] == 0 or t <= group["hessian_warmup"]
+
+    def _global_grad_norm(self) -> float:
+        norms = []
+        for group, p in self._each():
+            if p.grad is None:
+                continue
+            grad = p.grad
+            if group["adaptive"]:
+                grad = torch.abs(_wide(p)) * _wide(grad)
+            norms.append(_norm(grad))
+        return math.sqrt(sum(norm**2 for norm in norms))
+
+    def _backward(
+        self, closure: Callable[[], Tensor], create_graph: bool = False
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The loss, detached, and the gradient of every parameter; p.grad gets it without its graph."""
+        with torch.enable_grad():
+            loss = closure()
+        params = [p for _, p in self._each()]
+        wanted = [p for p in params if p.requires_grad] if loss.requires_grad else []
+        found = iter(torch.autograd.grad(loss, wanted, create_graph=create_graph, allow_unused=True) if wanted else ())
+        grads = [next(found) if loss.requires_grad and p.requires_grad else None for p in params]
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = None if grad is None else grad.detach()
+        return loss.detach(), grads
+
+    def _hessian_products(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """H = 1/S sum_s z_s . (d/dw' <g~, z_s>) of the parameters that are due, taken where the weights now are."""
+        products: list[Tensor | None] = []
+        due, start = [], 0
+        for (group, p), grad, backup in zip(self._each(), grads, self._backups, strict=True):
+            hess = None
+            if grad is not None and backup is not None and self._is_due(group, p):
+                hess = torch.zeros_like(_wide(p))
+                due.append((p, start, grad, hess))
+            products.append(hess)
+            start += p.numel()
+
+        if not any(grad.requires_grad for _, _, grad, _ in due):
+            return products  # every due parameter enters the loss linearly
+        for sample in range(self.hessian_samples):
+            zs = []
+            for p, start, _, _ in due:
+                flat = signs(start, p.numel(), self.seed, self.hessian_evaluations, sample)
+                zs.append(from_memory_order(flat.to(p), p))
+            h_zs = torch.autograd.grad(
+                [grad for _, _, grad, _ in due if grad.requires_grad],
+                [p for p, _, _, _ in due],
+                grad_outputs=[z for z, (_, _, grad, _) in zip(zs, due, strict=True) if grad.requires_grad],
+                retain_graph=sample < self.hessian_samples - 1,
+                materialize_grads=True,
+            )
+            for (_, _, _, hess), z, h_z in zip(due, zs, h_zs, strict=True):
+                hess += z * h_z / self.hessian_samples
+        return products
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step as formulas in float64, for comparisons from the same state within a few ulp of the largest term summed
+
+
+class Perturbed(NamedTuple):
+    w: Tensor
+    w_largest: Tensor
+
+
+class Updated(NamedTuple):
+    w: Tensor
+    m: Tensor
+    D: Tensor
+    t: int
+    e: int
+    w_largest: Tensor
+    m_largest: Tensor
+    D_largest: Tensor
+
+
+def formula_norm(gradients: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> float:
+    """N = ||g||, or || |w| . g || where weights are given, over all tensors."""
+    products = [g.double() for g in gradients]
+    if weights is not None:
+        products = [w.double().abs() * g for w, g in zip(weights, products, strict=True)]
+    return math.sqrt(math.fsum(float(p.square().sum()) for p in products))
+
+
+def formula_perturb(
+    w: Tensor, g: Tensor, norm: float, rho: float, adaptive: bool = False, maximize: bool = False
+) -> Perturbed:
+    """w' = w + rho g / (N + 1e-12), adaptive: w + rho w^2 g / (N + 1e-12)."""
+    w, g = w.double(), g.double()
+    e_w = (-g if maximize else g) * (rho / (norm + 1e-12))
+    if adaptive:
+        e_w = e_w * w.square()
+    return Perturbed(w + e_w, _largest(w, e_w))
+
+
+def formula_update(
+    w: Tensor,
+    g: Tensor,
+    H: Tensor | None,
+    m: Tensor,
+    D: Tensor,
+    t: int,
+    e: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    hessian_power: float,
+    bias_correction: str = "step",
+    maximize: bool = False,
+) -> Updated:
+    """The state after one step from the restored w, the second gradient g and, on a Hessian step, the estimate H.
+
+    t and e are the counters before the step. With c the step size over the denominator, the terms of the new w are
+    w (1 - eta lambda), c m and, since m is a sum itself, c beta1 m and c (1 - beta1) g.
+    """
+    w, g, m, D = w.double(), g.double(), m.double(), D.double()
+    beta1, beta2 = betas
+    t += 1
+    D_terms = [D]
+    if H is not None:
+        D_terms = [beta2 * D, (1 - beta2) * H.double().abs()]
+        e = t if bias_correction == "step" else e + 1
+    new_D = torch.stack(D_terms).sum(0)
+    m_terms = [beta1 * m, (1 - beta1) * (-g if maximize else g)]
+    new_m = m_terms[0] + m_terms[1]
+    c = lr / (1 - beta1**t) / ((new_D / (1 - beta2**e)).pow(hessian_power) + eps)
+    decayed = w * (1 - lr * weight_decay)
+    return Updated(
+        decayed - c * new_m,
+        new_m,
+        new_D,
+        t,
+        e,
+        _largest(decayed, c * new_m, *(c * term for term in m_terms)),
+        _largest(*m_terms),
+        _largest(*D_terms),
+    )
+
+
+def _largest(*terms: Tensor) -> Tensor:
+    return torch.stack([term.abs() for term in terms]).amax(0)
+
+
+def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance, in float64, between neighbouring numbers of dtype at |x|."""
+    info = torch.finfo(dtype)
+    normal = np.maximum(x.detach().double().abs().cpu().numpy(), info.smallest_normal)
+    return torch.from_numpy(np.ldexp(info.eps, np.frexp(normal)[1] - 1)).to(x.device)

@@ -1,0 +1,67 @@
+"""The commands a user types first: what they print, and that the self-test fails where a backend is wrong."""
+
+import sys
+
+import pytest
+import torch
+
+from sassha_fused import __main__, __version__, available_backends, eager, ops, selftest
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "SIZES", (0, 1, 7, 16, 33))
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["sassha_fused", *arguments])
+    return __main__.main()
+
+
+def test_the_bare_command_prints_versions_and_every_backend_with_its_reason(monkeypatch, capsys):
+    monkeypatch.setattr(ops, "_EXTENSION_MISSING", "no compiler was found")
+    assert run_command(monkeypatch) == 0
+    printed = capsys.readouterr().out
+    assert __version__ in printed and torch.__version__ in printed
+    assert "cpu     not available: no compiler was found" in printed
+    assert "eager   available" in printed
+
+
+def test_the_self_test_runs_every_operator_on_every_backend_here_and_passes(monkeypatch, capsys):
+    assert run_command(monkeypatch, "selftest") == 0
+    lines = capsys.readouterr().out.splitlines()
+    present = [name for name, reason in available_backends().items() if reason is None]
+    rows = [line for line in lines if "passed" in line and line.startswith("cpu ")]
+    assert len(rows) == len(present) * 4 * len(selftest.CASES)
+    assert lines[-1] == f"{len(rows)} passed, 0 failed"
+
+
+@pytest.mark.parametrize("name", ops.NAMES)
+def test_the_self_test_fails_where_an_operator_is_wrong(monkeypatch, capsys, small, name):
+    right = getattr(eager, name)
+
+    def wrong(*arguments):
+        result = right(*arguments)
+        if name == "grad_norm":
+            return result * (1 + 1e-3)
+        written = arguments[1] if name == "hutchinson_" else arguments[0][4]
+        written[4:5] += 1e-4 * written[4:5].abs().clamp(min=1) if written.dtype != torch.bfloat16 else 1
+        return None
+
+    broken = type("Broken", (), {key: staticmethod(getattr(eager, key)) for key in ops.NAMES})
+    setattr(broken, name, staticmethod(wrong))
+    monkeypatch.setitem(ops._LOADERS, "eager", lambda: broken)
+    assert run_command(monkeypatch, "selftest") == 1
+    printed = capsys.readouterr().out
+    failed = [line for line in printed.splitlines() if "FAILED" in line]
+    assert failed and all("eager" in line and line.split()[3].startswith(name) for line in failed)
+
+
+def test_a_backend_that_raises_is_a_failed_row_and_not_the_end_of_the_self_test(monkeypatch, capsys, small):
+    def raises(*_):
+        raise RuntimeError("no such kernel")
+
+    broken = type("Broken", (), {key: staticmethod(raises) for key in ops.NAMES})
+    monkeypatch.setitem(ops._LOADERS, "eager", lambda: broken)
+    assert run_command(monkeypatch, "selftest") == 1
+    assert "FAILED RuntimeError: no such kernel" in capsys.readouterr().out
