@@ -76,13 +76,13 @@ def available_backends() -> dict[str, str | None]:
     return {"cpu": _EXTENSION_MISSING, "eager": None}
 
 
-def check_backend(name: str) -> None:
+def check_backend(name: str, argument: str = "backend") -> None:
     """ValueError unless name is "auto" or a backend, with the reason if it is one that cannot be used here."""
     backends = available_backends()
-    check_choice("backend", name, ("auto", *backends))
+    check_choice(argument, name, ("auto", *backends))
     reason = backends.get(name)
     if reason is not None:
-        raise ValueError(f"backend {name!r} cannot be used: {reason}")
+        raise ValueError(f"{argument} {name!r} cannot be used: {reason}")
 
 
 def operators(name: str, device: torch.device) -> Operators:
@@ -93,12 +93,13 @@ def operators(name: str, device: torch.device) -> Operators:
     Raises:
         ValueError: the backend is unknown, cannot be used here, or does not serve this device.
     """
-    if name == "auto":
-        name = os.environ.get("SASSHA_FUSED_BACKEND", "auto")
-    check_backend(name)
+    argument = "backend"
+    if name == "auto" and os.environ.get("SASSHA_FUSED_BACKEND"):
+        argument, name = "SASSHA_FUSED_BACKEND", os.environ["SASSHA_FUSED_BACKEND"]
+    check_backend(name, argument)
     if name != "auto":
         if device.type not in _DEVICES.get(name, (device.type,)):
-            raise ValueError(f"backend {name!r} cannot be used: it does not serve tensors on {device}")
+            raise ValueError(f"{argument} {name!r} cannot be used: it does not serve tensors on {device}")
         return _LOADERS[name]()
     for candidate in _PREFERRED.get(device.type, ("eager",)):
         reason = available_backends()[candidate]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch.optim.optimizer import Optimizer
 from . import hvp as hessian_products
 from .interrupts import uninterrupted
 from .ops import check_backend
-from .state import TENSOR_STATES, Bucket, Member, Selection
-from .validation import check_choice, check_gradients, check_hyperparameters, check_parameter
+from .state import TENSOR_STATES, Buckets, Selection
+from .validation import DTYPES, check_choice, check_gradients, check_hyperparameters, check_parameter
 
 # One value for all groups: they belong to the random stream, which the parameters share.
 _SHARED = ("hessian_samples", "seed")
@@ -156,9 +156,7 @@ class Sassha(Optimizer):
 
     def _reset(self) -> None:
         """Forgets what is not state: buckets are made from state again when they are needed."""
-        self._buckets: list[tuple[Bucket, dict[str, Any]]] = []
-        self._stateless: list[Tensor] = []
-        self._indices: dict[Tensor, int] = {}
+        self._buckets = Buckets(self._backend)
         self._perturbation: _Perturbation | None = None
         self._verdict: _Verdict | None = None
         self._used: tuple[weakref.ref[Tensor], int] | None = None
@@ -197,31 +195,24 @@ class Sassha(Optimizer):
         if self.perturbed:
             raise ValueError("perturb() called twice: call step(), or restore() to give the step up")
         self._settle()
-        self._perturbation = None
-        selections = self._select()
+        self._close()
+        selections = self._buckets.select(self.param_groups, self.state)
         norm = self._norm(selections)
         due = any(selection.due() for selection in selections)
         watched = [param for selection in selections for param in selection.params] if due else []
         needs_graph = hessian_products.SOURCES[self._hvp].needs_graph
         watch = hessian_products.GraphWatch(watched) if watched and needs_graph else None
-        with uninterrupted():
-            self._perturbation = _Perturbation([], norm, due, watch)
-            for selection in selections:
-                group, bucket = selection.group, selection.bucket
-                bucket.operators.perturb_(
-                    selection.params,
-                    selection.grads,
-                    bucket.backup,
-                    selection.offsets,
-                    norm.to(bucket.device, non_blocking=True),
-                    group["rho"],
-                    group["adaptive"],
-                    group["maximize"],
-                )
-                selection.wrote_params()
-                selection.grads = ()
-                self._perturbation.selections.append(selection)
+        self._perturbation = _Perturbation([], norm, due, watch)
+        try:
+            with uninterrupted(), _explained(selections):
+                for selection in selections:
+                    self._perturb(selection, norm)
+                    self._perturbation.selections.append(selection)
+        except BaseException:
+            self._give_up()
+            raise
         for selection in selections:
+            selection.grads = ()
             for param in selection.params:
                 param.grad = None
 
@@ -245,7 +236,7 @@ class Sassha(Optimizer):
                 perturbation.active = False
                 perturbation.parts = parts
                 if not parts:
-                    self._perturbation = None
+                    self._close()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -262,12 +253,12 @@ class Sassha(Optimizer):
             TypeError, ValueError: the closure is not callable or returns no scalar tensor; a gradient is sparse or of
                 another shape, dtype or device; a Hessian step whose gradients carry no graph; gradients used already.
         """
-        if closure is None:
-            self._finish_step([])
-            return None
-        if not callable(closure):
+        if closure is not None and not callable(closure):
             raise TypeError(f"closure must be callable, got {closure!r}")
         try:
+            if closure is None:
+                self._finish_step([])
+                return None
             self.restore()
             self._first_pass = True
             first_loss = self._run(closure, create_graph=False)
@@ -277,9 +268,11 @@ class Sassha(Optimizer):
                 second_loss = self._run(closure, create_graph=self.hessian_due)
                 self._finish_step([first_loss, second_loss])
             else:
-                self._perturbation = None
+                self._close()
         except BaseException:
             self._give_up()
+            if closure is not None:
+                self.zero_grad()  # lets go of a graph that the interrupted pass may have left
             raise
         return first_loss
 
@@ -312,22 +305,24 @@ class Sassha(Optimizer):
         self._settle()
         perturbation = self._perturbation
         if perturbation is None:
-            selections = self._select()
+            selections = self._buckets.select(self.param_groups, self.state)
             self._refuse_used_gradients(selections)
-            guards = list(losses)
+            guards: list[Tensor] = []
             parts = self._measure(selections)
         else:
-            guards = [perturbation.norm, *losses]
+            guards = [perturbation.norm]
             parts = perturbation.parts or self._measure(self._participants(perturbation))
         if not parts:
             with uninterrupted():
                 if perturbation is not None and perturbation.active:
                     self._put_back(perturbation.selections)
-                self._perturbation = None
+                self._close()
             return
+        # A closure that runs backward itself may return a loss of any dtype.
+        guards += [(loss if loss.dtype in DTYPES else loss.double()).reshape(()) for loss in losses]
         guards.append(self._norm([selection for selection, _ in parts]))
         guards += [selection.bucket.operators.grad_norm(found, (), False) for selection, found in parts if found]
-        with uninterrupted():
+        with uninterrupted(), _explained([selection for selection, _ in parts]):
             if perturbation is None or not perturbation.active:
                 for selection, _ in parts:
                     torch._foreach_copy_(selection.backups(), list(selection.params))
@@ -336,10 +331,24 @@ class Sassha(Optimizer):
             for selection, products in parts:
                 self._update(selection, products, guards)
             self._verdict = _Verdict(parts[0][0].bucket.skipped, parts)
-            self._perturbation = None
+            self._close()
         if perturbation is not None:
             first = parts[0][0].grads[0]
             self._used = (weakref.ref(first), first._version)
+
+    def _perturb(self, selection: Selection, norm: Tensor) -> None:
+        group, bucket = selection.group, selection.bucket
+        bucket.operators.perturb_(
+            selection.params,
+            selection.grads,
+            bucket.backup,
+            selection.offsets,
+            norm.to(bucket.device, non_blocking=True),
+            group["rho"],
+            group["adaptive"],
+            group["maximize"],
+        )
+        selection.wrote_params()
 
     def _update(self, selection: Selection, products: Sequence[Tensor], guards: Sequence[Tensor]) -> None:
         group, bucket, lr = selection.group, selection.bucket, selection.group["lr"]
@@ -369,15 +378,6 @@ class Sassha(Optimizer):
 
     # ---------------------------------------------------------------- parts of a pass
 
-    def _select(self) -> list[Selection]:
-        """The parameters that have a gradient, by bucket; the first gradient gives a parameter its state."""
-        newcomers = [param for param in self._stateless if param.grad is not None]
-        if newcomers or not self._indices or not all(bucket.is_current for bucket, _ in self._buckets):
-            check_gradients(newcomers, [param.grad for param in newcomers if param.grad is not None])
-            self._pack()
-        selections = (Selection.all_of(*pair).with_gradients() for pair in self._buckets)
-        return [selection for selection in selections if selection.params]
-
     def _participants(self, perturbation: _Perturbation) -> list[Selection]:
         """Those perturbed parameters that have a gradient in the second pass too."""
         selections = (selection.with_gradients() for selection in perturbation.selections)
@@ -387,7 +387,7 @@ class Sassha(Optimizer):
         """The norm of the gradients over all selections, a 0-d float64 tensor."""
         # The pass that follows checks a single selection itself; of several, all are checked before one is written.
         several = len(selections) > 1
-        try:
+        with _explained(selections):
             norms = [
                 selection.bucket.operators.grad_norm(
                     selection.grads,
@@ -396,10 +396,6 @@ class Sassha(Optimizer):
                 )
                 for selection in selections
             ]
-        except (RuntimeError, TypeError):
-            for selection in selections:
-                check_gradients(selection.params, selection.grads)
-            raise
         if len(norms) == 1:
             return norms[0]
         if not norms:
@@ -431,9 +427,10 @@ class Sassha(Optimizer):
         if due:
             first = self.param_groups[0]
             source = hessian_products.SOURCES[self._hvp]
-            estimates = hessian_products.estimate(
-                source, due, first["hessian_samples"], first["seed"], self._evaluations
-            )
+            with _explained(due):
+                estimates = hessian_products.estimate(
+                    source, due, first["hessian_samples"], first["seed"], self._evaluations
+                )
         for selection in due:
             self._detach_gradients(selection)
         for selection in lazy:
@@ -462,14 +459,21 @@ class Sassha(Optimizer):
         for selection in perturbation.selections:
             self._put_back([selection.at([i for i, param in enumerate(selection.params) if param not in moving])])
 
+    def _close(self) -> None:
+        """Ends the step that is under way, if any."""
+        if self._perturbation is not None and self._perturbation.watch is not None:
+            self._perturbation.watch.remove()
+        self._perturbation = None
+
     def _give_up(self) -> None:
-        """After an exception in closure style: weights at w, no gradients or graphs left."""
-        perturbation, self._perturbation = self._perturbation, None
+        """After an exception in step(): the weights are at w, and the step has not been."""
         self._first_pass = False
-        if perturbation is not None and perturbation.active:
-            with torch.no_grad():
-                self._put_back(perturbation.selections)
-        self.zero_grad()
+        with uninterrupted():
+            if self._perturbation is not None and self._perturbation.active:
+                self._put_back(self._perturbation.selections)
+                # Should one bucket's update have gone through before another's failed, the device knows its counts.
+                self._buckets.stale = True
+            self._close()
 
     def _refuse_used_gradients(self, selections: Sequence[Selection]) -> None:
         if self._used is None or not selections:
@@ -491,24 +495,6 @@ class Sassha(Optimizer):
             selection.count_step()
         self._evaluations += any(products for _, products in verdict.parts)
 
-    def _pack(self) -> None:
-        """Makes the buckets from groups and state, with new state for parameters that have a gradient."""
-        self._buckets, self._stateless, self._indices = [], [], {}
-        index = 0
-        for group in self.param_groups:
-            members: dict[tuple[torch.device, torch.dtype], list[Member]] = defaultdict(list)
-            for param in dict.fromkeys(group["params"]):
-                self._indices[param] = index
-                if param.grad is None and not self.state.get(param):
-                    self._stateless.append(param)
-                else:
-                    members[param.device, param.dtype].append(Member(param, index))
-                index += param.numel()
-            for chosen in members.values():
-                states = [self.state.get(member.param, {}) for member in chosen]
-                self._buckets.append((Bucket(chosen, states, self._backend), group))
-                self.state.update(zip((member.param for member in chosen), states, strict=True))
-
     # ---------------------------------------------------------------- groups and state
 
     @torch.no_grad()
@@ -528,7 +514,7 @@ class Sassha(Optimizer):
             self.param_groups.pop()
             raise
         self._settle()
-        self._stateless += group["params"]
+        self._buckets.stale = True
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -575,7 +561,18 @@ class Sassha(Optimizer):
         self._skipped_steps = max(group.get("skipped_steps", 0) for group in self.param_groups)
         self._reset()
         with torch.no_grad():
-            self._pack()
+            self._buckets.pack(self.param_groups, self.state)
+
+
+@contextmanager
+def _explained(selections: Sequence[Selection]) -> Iterator[None]:
+    """Where an operator refuses its tensors, says which gradient it was, and why."""
+    try:
+        yield
+    except (RuntimeError, TypeError):
+        for selection in selections:
+            check_gradients(selection.params, selection.grads)
+        raise
 
 
 def _protect_dtypes(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

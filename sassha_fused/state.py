@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .layout import view_of
 from .ops import Operators, operators
+from .validation import check_gradients
 
 # Parts start at multiples of this many elements: 256 bytes in the narrowest dtype.
 PART_ALIGNMENT = 128
@@ -51,24 +53,21 @@ class Bucket:
         self.backup = torch.zeros(total, dtype=first.dtype, device=first.device)
         self.counts = torch.zeros((len(members), 2), dtype=torch.int64, device=first.device)
         self.skipped = torch.zeros(1, dtype=torch.int64, device=first.device)
-        self.steps = [0] * len(members)
+        self.steps = [int(state["step"]) if state else 0 for state in states]
         for row, state in enumerate(states):
-            self._adopt(row, state)
+            if state:
+                for name, view in self.state_of(row).items():
+                    view.copy_(torch.as_tensor(state[name]))
 
-    def _adopt(self, row: int, state: dict[str, Any]) -> None:
-        """Takes over what a parameter's state holds, and makes it views of this bucket's buffers."""
+    def state_of(self, row: int) -> dict[str, Tensor]:
+        """One parameter's state, as views of the buffers."""
         param, offset = self.params[row], self.offsets[row]
-        views = {
+        return {
             "step": self.counts[row, 0],
             "hessian_step": self.counts[row, 1],
             "exp_avg": view_of(self.exp_avg, offset, param),
             "exp_hessian": view_of(self.exp_hessian, offset, param),
         }
-        if state:
-            self.steps[row] = int(state["step"])
-            for name, view in views.items():
-                view.copy_(torch.as_tensor(state[name]))
-        state.update(views)
 
     @property
     def is_current(self) -> bool:
@@ -147,3 +146,54 @@ class Selection:
     def wrote_params(self) -> None:
         """Tells autograd that an operator changed the parameters in place."""
         torch.autograd.graph.increment_version(self.params)
+
+
+class Buckets(list[tuple[Bucket, dict[str, Any]]]):
+    """All buckets of an optimizer, each with its parameter group.
+
+    Attributes:
+        stale: whether parameters have joined since the buckets were made.
+    """
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+        self.stale = True
+        self._stateless: list[Tensor] = []
+
+    def select(self, groups: Sequence[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> list[Selection]:
+        """The parameters that have a gradient, by bucket; the first gradient gives a parameter its state."""
+        newcomer = any(param.grad is not None for param in self._stateless)
+        if newcomer or self.stale or not all(bucket.is_current for bucket, _ in self):
+            self.pack(groups, states)
+        selections = (Selection.all_of(bucket, group).with_gradients() for bucket, group in self)
+        return [selection for selection in selections if selection.params]
+
+    def pack(self, groups: Sequence[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> None:
+        """Makes the buckets anew: what is in states moves into flat buffers, and what has a gradient gets its state.
+
+        Raises:
+            ValueError: the first gradient of a parameter is sparse or of another shape, dtype or device.
+        """
+        made: list[tuple[Bucket, dict[str, Any]]] = []
+        stateless: list[Tensor] = []
+        index = 0
+        for group in groups:
+            members: dict[tuple[torch.device, torch.dtype], list[Member]] = defaultdict(list)
+            for param in dict.fromkeys(group["params"]):
+                if states.get(param):
+                    members[param.device, param.dtype].append(Member(param, index))
+                elif param.grad is not None:
+                    check_gradients([param], [param.grad])
+                    members[param.device, param.dtype].append(Member(param, index))
+                else:
+                    stateless.append(param)
+                index += param.numel()
+            for chosen in members.values():
+                made.append((Bucket(chosen, [states.get(member.param, {}) for member in chosen], self.backend), group))
+        for bucket, _ in made:
+            for row, param in enumerate(bucket.params):
+                states[param] = {**states.get(param, {}), **bucket.state_of(row)}
+        self[:] = made
+        self._stateless = stateless
+        self.stale = False
