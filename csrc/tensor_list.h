@@ -64,6 +64,17 @@ class TensorList {
     return static_cast<P*>(entries_[i].data);
   }
 
+  // Refuses offsets at which these tensors would not lie within their parts of a flat buffer.
+  void check_parts(const std::vector<int64_t>& offsets, const Tensor& flat) const {
+    STD_TORCH_CHECK(static_cast<int64_t>(offsets.size()) == size(), "expected one offset per tensor");
+    for (int64_t i = 0; i < size(); ++i) {
+      const bool followed = i + 1 < size() && offsets[i + 1] > offsets[i];
+      const int64_t end = followed ? offsets[i + 1] : flat.numel();
+      STD_TORCH_CHECK(offsets[i] >= 0 && offsets[i] + numel(i) <= end, "tensor ", i,
+                      " does not fit its part of the state");
+    }
+  }
+
   // Copies what was written to working copies back to their tensors.
   void write_back() const {
     for (const auto& [i, copy] : copies_) {

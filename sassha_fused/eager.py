@@ -44,12 +44,16 @@ def perturb_(
     r"""backup <- w; :math:`w \leftarrow w + \rho g / (N + 10^{-12})`, times :math:`w^2` if adaptive."""
     check_gradients(params, grads)
     factor = torch.full_like(norm, -rho if maximize else rho) / (norm + 1e-12)
-    for w, g, offset in zip(params, grads, offsets, strict=True):
+    results, backups = [], [view_of(backup, offset, w) for w, offset in zip(params, offsets, strict=True)]
+    for w, g in zip(params, grads, strict=True):
         dtype = _compute_dtype(w)
-        view_of(backup, offset, w).copy_(w)
         weight = w.to(dtype)
         step = factor.to(dtype) * g.to(dtype)
-        w.copy_(weight + step * (weight * weight) if adaptive else weight + step)
+        results.append(weight + step * (weight * weight) if adaptive else weight + step)
+    # Nothing is written before all is worked out: memory may run out above, not below.
+    for w, old, result in zip(params, backups, results, strict=True):
+        old.copy_(w)
+        w.copy_(result)
 
 
 def _philox4x32_10(counter: list[Tensor], key: list[int]) -> list[Tensor]:
@@ -142,7 +146,7 @@ def update_(
     check_gradients(params, grads)
     finite = torch.stack([torch.isfinite(guard) for guard in guards]).all()
     skipped.copy_(~finite)
-    rate = torch.full_like(exp_avg[:1], lr, dtype=torch.float64)[0] if lr_tensor is None else lr_tensor.double()
+    rate = exp_avg.new_full((), lr, dtype=torch.float64) if lr_tensor is None else lr_tensor.double().reshape(())
     for i, (w, g, offset, row) in enumerate(zip(params, grads, offsets, rows, strict=True)):
         dtype = _compute_dtype(w)
         counts = steps[row]

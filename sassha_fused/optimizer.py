@@ -177,7 +177,7 @@ class Sassha(Optimizer):
             return self._perturbation.due
         if self._first_pass:
             return False
-        return not self._buckets or any(Selection.all_of(*pair).due() for pair in self._buckets)
+        return self._buckets.stale or any(Selection.all_of(*pair).due() for pair in self._buckets)
 
     @property
     def skipped_steps(self) -> int:
@@ -196,8 +196,7 @@ class Sassha(Optimizer):
             raise ValueError("perturb() called twice: call step(), or restore() to give the step up")
         self._settle()
         self._close()
-        selections = self._buckets.select(self.param_groups, self.state)
-        norm = self._norm(selections)
+        selections, norm = self._gather()
         due = any(selection.due() for selection in selections)
         watched = [param for selection in selections for param in selection.params] if due else []
         needs_graph = hessian_products.SOURCES[self._hvp].needs_graph
@@ -260,6 +259,7 @@ class Sassha(Optimizer):
                 self._finish_step([])
                 return None
             self.restore()
+            self._close()
             self._first_pass = True
             first_loss = self._run(closure, create_graph=False)
             self.perturb()
@@ -305,12 +305,11 @@ class Sassha(Optimizer):
         self._settle()
         perturbation = self._perturbation
         if perturbation is None:
-            selections = self._buckets.select(self.param_groups, self.state)
+            selections, norm = self._gather()
             self._refuse_used_gradients(selections)
-            guards: list[Tensor] = []
             parts = self._measure(selections)
         else:
-            guards = [perturbation.norm]
+            norm = perturbation.norm
             parts = perturbation.parts or self._measure(self._participants(perturbation))
         if not parts:
             with uninterrupted():
@@ -319,8 +318,10 @@ class Sassha(Optimizer):
                 self._close()
             return
         # A closure that runs backward itself may return a loss of any dtype.
+        guards = [norm]
         guards += [(loss if loss.dtype in DTYPES else loss.double()).reshape(()) for loss in losses]
-        guards.append(self._norm([selection for selection, _ in parts]))
+        if perturbation is not None:
+            guards.append(self._norm([selection for selection, _ in parts]))
         guards += [selection.bucket.operators.grad_norm(found, (), False) for selection, found in parts if found]
         with uninterrupted(), _explained([selection for selection, _ in parts]):
             if perturbation is None or not perturbation.active:
@@ -377,6 +378,19 @@ class Sassha(Optimizer):
         selection.wrote_params()
 
     # ---------------------------------------------------------------- parts of a pass
+
+    def _gather(self) -> tuple[list[Selection], Tensor]:
+        """The parameters that have a gradient, and the norm of it all."""
+        selections = self._buckets.select(self.param_groups, self.state)
+        try:
+            return selections, self._norm(selections)
+        except (RuntimeError, TypeError, ValueError):
+            if self._buckets.are_current():
+                raise
+        # A part of the model has moved to another device or dtype, and its state moves along.
+        self._buckets.stale = True
+        selections = self._buckets.select(self.param_groups, self.state)
+        return selections, self._norm(selections)
 
     def _participants(self, perturbation: _Perturbation) -> list[Selection]:
         """Those perturbed parameters that have a gradient in the second pass too."""
@@ -484,16 +498,17 @@ class Sassha(Optimizer):
 
     def _settle(self) -> None:
         """Brings the host's counts up to date with what the device did in the last step."""
-        verdict, self._verdict = self._verdict, None
-        if verdict is None:
+        if self._verdict is None:
             return
-        # A fake tensor (torch.export, memory estimates) has no value to read; such steps count as taken.
-        if type(verdict.skipped) is Tensor and bool(verdict.skipped):
-            self._skipped_steps += 1
-            return
-        for selection, _ in verdict.parts:
-            selection.count_step()
-        self._evaluations += any(products for _, products in verdict.parts)
+        with uninterrupted():
+            verdict, self._verdict = self._verdict, None
+            # A fake tensor (torch.export, memory estimates) has no value to read; such steps count as taken.
+            if type(verdict.skipped) is Tensor and bool(verdict.skipped):
+                self._skipped_steps += 1
+                return
+            for selection, _ in verdict.parts:
+                selection.count_step()
+            self._evaluations += any(products for _, products in verdict.parts)
 
     # ---------------------------------------------------------------- groups and state
 
@@ -539,7 +554,7 @@ class Sassha(Optimizer):
         """
         self.restore()
         # Registered last, so that it sees what the user's hooks made of the state_dict.
-        handle = self.register_load_state_dict_pre_hook(_protect_dtypes)
+        handle = self.register_load_state_dict_pre_hook(_check_and_protect)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -556,7 +571,8 @@ class Sassha(Optimizer):
                 self.state[param] = dict(saved.state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                if name != "differentiable":  # torch's own addition
+                    group.setdefault(name, value)
         self._evaluations = max(group.get("hessian_evaluations", 0) for group in self.param_groups)
         self._skipped_steps = max(group.get("skipped_steps", 0) for group in self.param_groups)
         self._reset()
@@ -569,15 +585,26 @@ def _explained(selections: Sequence[Selection]) -> Iterator[None]:
     """Where an operator refuses its tensors, says which gradient it was, and why."""
     try:
         yield
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         for selection in selections:
             check_gradients(selection.params, selection.grads)
+            selection.check_fit()
         raise
 
 
-def _protect_dtypes(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _check_and_protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Refuses a state that is not Sassha's or not of these parameters; wraps each against a change of dtype."""
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    shapes = {key: param.shape for key, param in zip(keys, params, strict=False)}
     for key, state in state_dict["state"].items():
         missing = [name for name in TENSOR_STATES if name not in state]
         if missing:
             raise ValueError(f"state_dict: the state of parameter {key!r} has no {', '.join(missing)}: is it Sassha's?")
+        for name in ("exp_avg", "exp_hessian"):
+            if key in shapes and state[name].shape != shapes[key]:
+                raise ValueError(
+                    f"state_dict: {name} of parameter {key!r} has shape {tuple(state[name].shape)}, the parameter "
+                    f"{tuple(shapes[key])}"
+                )
     return {**state_dict, "state": {key: _AsSaved(state) for key, state in state_dict["state"].items()}}

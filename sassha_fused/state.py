@@ -46,6 +46,9 @@ class Bucket:
         self.rows = list(range(len(members)))
         self.offsets, total = _offsets(self.params)
         self.device, self.dtype = first.device, first.dtype
+        self.layouts = [(param.shape, param.stride()) for param in self.params]
+        # The one whose strides tell most of a change of memory format.
+        self.witness = max(range(len(members)), key=lambda row: (self.params[row].dim(), self.params[row].numel()))
         self.operators: Operators = operators(backend, first.device)
         state_dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.exp_avg = torch.zeros(total, dtype=state_dtype, device=first.device)
@@ -69,10 +72,11 @@ class Bucket:
             "exp_hessian": view_of(self.exp_hessian, offset, param),
         }
 
-    @property
-    def is_current(self) -> bool:
-        """Whether the parameters still are where the buffers are: model.to(...) moves them in place."""
-        return self.params[0].device == self.device and self.params[0].dtype == self.dtype
+    def is_current(self, row: int) -> bool:
+        """Whether a parameter still is as its state was made: model.to(...) moves parameters in place."""
+        param = self.params[row]
+        layout = (param.shape, param.stride())
+        return param.dtype == self.dtype and param.device == self.device and layout == self.layouts[row]
 
 
 def _offsets(params: Sequence[Tensor]) -> tuple[list[int], int]:
@@ -81,6 +85,11 @@ def _offsets(params: Sequence[Tensor]) -> tuple[list[int], int]:
         offsets.append(total)
         total += -(-param.numel() // PART_ALIGNMENT) * PART_ALIGNMENT
     return offsets, total
+
+
+def _check_fit(param: Tensor, shape: torch.Size) -> None:
+    if param.shape != shape:
+        raise ValueError(f"a parameter now has shape {tuple(param.shape)}, but its state has {tuple(shape)}")
 
 
 @dataclass
@@ -130,6 +139,11 @@ class Selection:
         due = {done for done in set(steps) if done % interval == 0 or done < warmup}
         return [i for i, row in enumerate(self.rows) if steps[row] in due] if due else []
 
+    def check_fit(self) -> None:
+        """ValueError where a parameter has changed its shape since its state was made."""
+        for row, param in zip(self.rows, self.params, strict=True):
+            _check_fit(param, self.bucket.layouts[row][0])
+
     def count_step(self) -> None:
         """Counts one more step of these parameters on the host."""
         steps = self.bucket.steps
@@ -164,10 +178,14 @@ class Buckets(list[tuple[Bucket, dict[str, Any]]]):
     def select(self, groups: Sequence[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> list[Selection]:
         """The parameters that have a gradient, by bucket; the first gradient gives a parameter its state."""
         newcomer = any(param.grad is not None for param in self._stateless)
-        if newcomer or self.stale or not all(bucket.is_current for bucket, _ in self):
+        if newcomer or self.stale or not all(bucket.is_current(bucket.witness) for bucket, _ in self):
             self.pack(groups, states)
         selections = (Selection.all_of(bucket, group).with_gradients() for bucket, group in self)
         return [selection for selection in selections if selection.params]
+
+    def are_current(self) -> bool:
+        """Whether every parameter still is as its state was made."""
+        return all(bucket.is_current(row) for bucket, _ in self for row in bucket.rows)
 
     def pack(self, groups: Sequence[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> None:
         """Makes the buckets anew: what is in states moves into flat buffers, and what has a gradient gets its state.
@@ -182,6 +200,7 @@ class Buckets(list[tuple[Bucket, dict[str, Any]]]):
             members: dict[tuple[torch.device, torch.dtype], list[Member]] = defaultdict(list)
             for param in dict.fromkeys(group["params"]):
                 if states.get(param):
+                    _check_fit(param, torch.as_tensor(states[param]["exp_avg"]).shape)
                     members[param.device, param.dtype].append(Member(param, index))
                 elif param.grad is not None:
                     check_gradients([param], [param.grad])

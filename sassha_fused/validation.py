@@ -85,6 +85,8 @@ def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         where = f"the gradient of parameter {i}, of shape {tuple(param.shape)},"
         if grad.layout != torch.strided:
             raise ValueError(f"{where} is sparse ({grad.layout}): use dense gradients (sparse=False in nn.Embedding)")
+        if param.dtype != params[0].dtype:
+            raise ValueError(f"parameter {i} has dtype {param.dtype}, the others of its list {params[0].dtype}")
         for name in ("shape", "dtype", "device"):
             expected, got = getattr(param, name), getattr(grad, name)
             if got != expected:

@@ -24,6 +24,8 @@ SASSHA_CLONES void accumulate_tile(const T* signs, const T* product, T* estimate
 void hutchinson_(StableListHandle product_list, Tensor estimate, std::vector<int64_t> offsets,
                  std::vector<int64_t> indices, int64_t seed, int64_t evaluation, int64_t sample, int64_t samples) {
   const TensorList products(product_list);
+  products.check_parts(offsets, estimate);
+  STD_TORCH_CHECK(static_cast<int64_t>(indices.size()) == products.size(), "expected one index per tensor");
   if (products.empty()) return;
   const SignStream stream{static_cast<uint64_t>(seed), static_cast<uint32_t>(evaluation),
                           static_cast<uint32_t>(sample)};

@@ -38,6 +38,7 @@ void perturb_(StableListHandle param_list, StableListHandle grad_list, Tensor ba
               Tensor norm, double rho, bool adaptive, bool maximize) {
   const TensorList params(param_list);
   const TensorList grads(grad_list, params);
+  params.check_parts(offsets, backup);
   if (params.empty()) return;
   const ElementRanges ranges(params);
   const double gradient_norm = *static_cast<const double*>(norm.const_data_ptr());

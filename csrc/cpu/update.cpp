@@ -108,6 +108,13 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
   const TensorList grads(grad_list, params);
   const bool hessian_step = list_size(product_list) > 0;
   const TensorList products = hessian_step ? TensorList(product_list, params) : TensorList(product_list);
+  params.check_parts(offsets, exp_avg);
+  STD_TORCH_CHECK(backup.numel() == exp_avg.numel() && exp_hessian.numel() == exp_avg.numel(),
+                  "backup, exp_avg and exp_hessian differ in length");
+  STD_TORCH_CHECK(static_cast<int64_t>(rows.size()) == params.size(), "expected one row per tensor");
+  for (const int64_t row : rows) {
+    STD_TORCH_CHECK(row >= 0 && row < steps.size(0), "row ", row, " is not one of steps");
+  }
   const bool finite = all_finite(guards);
   *static_cast<int64_t*>(skipped.mutable_data_ptr()) = finite ? 0 : 1;
   if (params.empty()) return;
