@@ -86,28 +86,36 @@ def estimate(
     Returns:
         For each selection one tensor per parameter, of its shape. With S = 1 the sign is left off: |z Hz| = |Hz|.
     """
+    if samples == 1:
+        return _sample(source, due, seed, evaluation, 0, keep_graph=False)
+    means = [torch.empty_like(selection.bucket.exp_hessian) for selection in due]
+    for sample in range(samples):
+        products = _sample(source, due, seed, evaluation, sample, keep_graph=sample < samples - 1)
+        for selection, mean, found in zip(due, means, products, strict=True):
+            selection.bucket.operators.hutchinson_(
+                found, mean, selection.offsets, selection.indices, seed, evaluation, sample, samples
+            )
+        del products, found  # before the next probe takes its memory
+    return [
+        [view_of(mean, offset, param) for param, offset in zip(selection.params, selection.offsets, strict=True)]
+        for selection, mean in zip(due, means, strict=True)
+    ]
+
+
+def _sample(
+    source: HessianSource, due: Sequence[Selection], seed: int, evaluation: int, sample: int, keep_graph: bool
+) -> list[list[Tensor]]:
+    """The products Hz with one probe z, by selection, in the memory order of their parameters."""
     params = [param for selection in due for param in selection.params]
     gradients = [gradient for selection in due for gradient in selection.grads]
-    means = [torch.empty_like(selection.bucket.exp_hessian) if samples > 1 else None for selection in due]
-    for sample in range(samples):
-        probes = [[empty_dense(param) for param in selection.params] for selection in due]
-        for selection, probe in zip(due, probes, strict=True):
-            selection.bucket.operators.rademacher_(probe, selection.indices, seed, evaluation, sample)
-        flat_probe = [z for probe in probes for z in probe]
-        found = source.products(params, gradients, flat_probe, sample < samples - 1)
-        products = iter([_in_order_of(z, product) for z, product in zip(flat_probe, found, strict=True)])
-        results = [[next(products) for _ in selection.params] for selection in due]
-        for selection, mean, result in zip(due, means, results, strict=True):
-            if mean is not None:
-                selection.bucket.operators.hutchinson_(
-                    result, mean, selection.offsets, selection.indices, seed, evaluation, sample, samples
-                )
-    return [
-        result
-        if mean is None
-        else [view_of(mean, offset, param) for param, offset in zip(selection.params, selection.offsets, strict=True)]
-        for selection, mean, result in zip(due, means, results, strict=True)
-    ]
+    probe: list[Tensor] = []
+    for selection in due:
+        signs = [empty_dense(param) for param in selection.params]
+        selection.bucket.operators.rademacher_(signs, selection.indices, seed, evaluation, sample)
+        probe += signs
+    found = source.products(params, gradients, probe, keep_graph)
+    products = iter([_in_order_of(z, product) for z, product in zip(probe, found, strict=True)])
+    return [[next(products) for _ in selection.params] for selection in due]
 
 
 def _in_order_of(z: Tensor, product: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from .interrupts import uninterrupted
 from .ops import check_backend
 from .state import TENSOR_STATES, Buckets, Selection
 from .validation import DTYPES, check_choice, check_gradients, check_hyperparameters, check_parameter
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 # One value for all groups: they belong to the random stream, which the parameters share.
 _SHARED = ("hessian_samples", "seed")
@@ -43,7 +46,8 @@ class _Verdict:
     """What the last step will have done to the counts, once it is known whether the device skipped it."""
 
     skipped: Tensor
-    parts: list[Part]
+    selections: list[Selection]
+    evaluated: bool
 
 
 class _AsSaved:
@@ -331,7 +335,8 @@ class Sassha(Optimizer):
                 self._put_back_bystanders(perturbation, parts)
             for selection, products in parts:
                 self._update(selection, products, guards)
-            self._verdict = _Verdict(parts[0][0].bucket.skipped, parts)
+            taken = [replace(selection, grads=()) for selection, _ in parts]
+            self._verdict = _Verdict(taken[0].bucket.skipped, taken, any(products for _, products in parts))
             self._close()
         if perturbation is not None:
             first = parts[0][0].grads[0]
@@ -445,20 +450,18 @@ class Sassha(Optimizer):
                 estimates = hessian_products.estimate(
                     source, due, first["hessian_samples"], first["seed"], self._evaluations
                 )
-        for selection in due:
-            self._detach_gradients(selection)
-        for selection in lazy:
-            # A graph that nobody asked for is let go of too; two gradients tell whether there is one.
-            if selection.grads[0].requires_grad or selection.grads[-1].requires_grad:
-                self._detach_gradients(selection)
+        if due or any(map(_REQUIRES_GRAD, (grad for selection in lazy for grad in selection.grads))):
+            self._detach_gradients([*due, *lazy])
         return [*zip(due, estimates, strict=True), *((selection, ()) for selection in lazy)]
 
-    @staticmethod
-    def _detach_gradients(selection: Selection) -> None:
+    def _detach_gradients(self, selections: Sequence[Selection]) -> None:
         """Lets go of the graph: gradients made with create_graph=True form cycles with their parameters."""
-        selection.grads = [grad.detach() for grad in selection.grads]
-        for param, grad in zip(selection.params, selection.grads, strict=True):
-            param.grad = grad
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and param.grad.requires_grad:
+                    param.grad = param.grad.detach()
+        for selection in selections:
+            selection.grads = [param.grad for param in selection.params if param.grad is not None]
 
     def _put_back(self, selections: Sequence[Selection]) -> None:
         for selection in selections:
@@ -485,8 +488,8 @@ class Sassha(Optimizer):
         with uninterrupted():
             if self._perturbation is not None and self._perturbation.active:
                 self._put_back(self._perturbation.selections)
-                # Should one bucket's update have gone through before another's failed, the device knows its counts.
-                self._buckets.stale = True
+                # Should one bucket's update have gone through before another's failed, its state knows its counts.
+                self._buckets = Buckets(self._backend)
             self._close()
 
     def _refuse_used_gradients(self, selections: Sequence[Selection]) -> None:
@@ -502,13 +505,14 @@ class Sassha(Optimizer):
             return
         with uninterrupted():
             verdict, self._verdict = self._verdict, None
-            # A fake tensor (torch.export, memory estimates) has no value to read; such steps count as taken.
-            if type(verdict.skipped) is Tensor and bool(verdict.skipped):
+            # Fake and meta tensors (torch.export, memory estimates) have no value to read; such steps count as taken.
+            readable = type(verdict.skipped) is Tensor and not verdict.skipped.is_meta
+            if readable and bool(verdict.skipped):
                 self._skipped_steps += 1
                 return
-            for selection, _ in verdict.parts:
+            for selection in verdict.selections:
                 selection.count_step()
-            self._evaluations += any(products for _, products in verdict.parts)
+            self._evaluations += verdict.evaluated
 
     # ---------------------------------------------------------------- groups and state
 

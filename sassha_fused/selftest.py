@@ -58,7 +58,7 @@ class _Case:
         self.products = [random(size).to(device, target) for size in SIZES]
         starts = [sum(SIZES[:i]) for i in range(len(SIZES))]
         members = [Member(param, start) for param, start in zip(params, starts, strict=True)]
-        self.bucket = Bucket(members, [{} for _ in members], "eager")
+        self.bucket = Bucket(members, [{} for _ in members], [0 for _ in members], "eager")
         self.bucket.exp_avg.copy_(random(self.bucket.exp_avg.numel()).float())
         self.bucket.exp_hessian.copy_(random(self.bucket.exp_hessian.numel()).float().abs())
         self.bucket.counts.fill_(3)

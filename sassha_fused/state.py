@@ -39,7 +39,9 @@ class Bucket:
         steps: the counts "step" once more, on the host, for the schedule.
     """
 
-    def __init__(self, members: Sequence[Member], states: Sequence[dict[str, Any]], backend: str) -> None:
+    def __init__(
+        self, members: Sequence[Member], states: Sequence[dict[str, Any]], steps: Sequence[int], backend: str
+    ) -> None:
         first = members[0].param
         self.params = [member.param for member in members]
         self.indices = [member.index for member in members]
@@ -56,7 +58,7 @@ class Bucket:
         self.backup = torch.zeros(total, dtype=first.dtype, device=first.device)
         self.counts = torch.zeros((len(members), 2), dtype=torch.int64, device=first.device)
         self.skipped = torch.zeros(1, dtype=torch.int64, device=first.device)
-        self.steps = [int(state["step"]) if state else 0 for state in states]
+        self.steps = list(steps)
         for row, state in enumerate(states):
             if state:
                 for name, view in self.state_of(row).items():
@@ -193,6 +195,8 @@ class Buckets(list[tuple[Bucket, dict[str, Any]]]):
         Raises:
             ValueError: the first gradient of a parameter is sparse or of another shape, dtype or device.
         """
+        # Read from the state only where no bucket knows: a device's counts would have to be waited for.
+        counted = {param: steps for bucket, _ in self for param, steps in zip(bucket.params, bucket.steps, strict=True)}
         made: list[tuple[Bucket, dict[str, Any]]] = []
         stateless: list[Tensor] = []
         index = 0
@@ -209,7 +213,9 @@ class Buckets(list[tuple[Bucket, dict[str, Any]]]):
                     stateless.append(param)
                 index += param.numel()
             for chosen in members.values():
-                made.append((Bucket(chosen, [states.get(member.param, {}) for member in chosen], self.backend), group))
+                params = [member.param for member in chosen]
+                steps = [counted[p] if p in counted else int(states[p]["step"]) if states.get(p) else 0 for p in params]
+                made.append((Bucket(chosen, [states.get(p, {}) for p in params], steps, self.backend), group))
         for bucket, _ in made:
             for row, param in enumerate(bucket.params):
                 states[param] = {**states.get(param, {}), **bucket.state_of(row)}
