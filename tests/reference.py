@@ -383,7 +383,8 @@ def formula_update(
     """The state after one step from the restored w, the second gradient g and, on a Hessian step, the estimate H.
 
     t and e are the counters before the step. With c the step size over the denominator, the terms of the new w are
-    w (1 - eta lambda), c m and, since m is a sum itself, c beta1 m and c (1 - beta1) g.
+    w (1 - eta lambda), c m and, since m is a sum itself, c beta1 m and c (1 - beta1) g. The sum counts as well: where it
+    passes into the next binade, the nearest float alone is a whole ulp of its terms away.
     """
     w, g, m, D = w.double(), g.double(), m.double(), D.double()
     beta1, beta2 = betas
@@ -397,13 +398,14 @@ def formula_update(
     new_m = m_terms[0] + m_terms[1]
     c = lr / (1 - beta1**t) / ((new_D / (1 - beta2**e)).pow(hessian_power) + eps)
     decayed = w * (1 - lr * weight_decay)
+    new_w = decayed - c * new_m
     return Updated(
-        decayed - c * new_m,
+        new_w,
         new_m,
         new_D,
         t,
         e,
-        _largest(decayed, c * new_m, *(c * term for term in m_terms)),
+        _largest(new_w, decayed, c * new_m, *(c * term for term in m_terms)),
         _largest(*m_terms),
         _largest(*D_terms),
     )

@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest bench` from the repository root."""

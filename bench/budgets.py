@@ -1,0 +1,43 @@
+"""What the optimizer may cost, and the bytes that a step cannot avoid moving. The one place for both."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Budget:
+    what: str
+    limit: float
+    unit: str = "x"
+    at_least: bool = False
+    aim: float | None = None
+
+    def met(self, value: float) -> bool:
+        return value >= self.limit if self.at_least else value <= self.limit
+
+    def __str__(self) -> str:
+        aim = f" (aim {self.aim:g})" if self.aim is not None else ""
+        return f"{'>=' if self.at_least else '<='} {self.limit:g}{self.unit}{aim}"
+
+
+BUDGETS = {
+    "GPT-2 small, loop": Budget("lazy step, GPT-2 small: speed-up over the per-tensor loop", 8, at_least=True, aim=10),
+    "GPT-2 small, AdamW": Budget("lazy step, GPT-2 small: bytes/s of AdamW(fused)", 1.0, at_least=True, aim=1.3),
+    "ResNet-20, loop": Budget("lazy step, ResNet-20: speed-up over the per-tensor loop", 20, at_least=True),
+    "ResNet-20, AdamW": Budget("lazy step, ResNet-20: speed-up over AdamW(fused)", 3, at_least=True),
+    "host 161": Budget("lazy step, 161 tensors of 8 elements: time of AdamW(fused)", 0.5),
+    "host 1000": Budget("lazy step, 1000 tensors of 8 elements: time of AdamW(fused)", 0.5),
+    "CNN": Budget("whole training step, CNN, exact products, k = 10: time of SGD", 2.3),
+    "transformer": Budget("whole training step, transformer, exact products, k = 10: time of SGD", 2.3),
+    "memory, lazy": Budget("peak memory of a lazy step beyond parameters and gradients", 12, " bytes/parameter"),
+    "memory, Hessian": Budget("peak memory of a Hessian step, its products included", 20, " bytes/parameter"),
+}
+
+# Bytes per fp32 parameter that one fused pass over each operand must read or write.
+LAZY_BYTES = 44  # norm: g; perturb: w, g -> backup, w'; update: backup, g~, m, D -> w, m
+HESSIAN_BYTES = 52  # the same, and update reads Hz and writes D
+ADAMW_BYTES = 28  # w, g, m, v -> w, m, v
+SGD_BYTES = 20  # w, g, m -> w, m
+
+# What is really moved: the non-finite check reads g~ once more; a Hessian step also reads Hz so, and writes the signs.
+LAZY_BYTES_MOVED = LAZY_BYTES + 4
+HESSIAN_BYTES_MOVED = HESSIAN_BYTES + 12

@@ -1,0 +1,99 @@
+"""Optimizers over given shapes, whose parts of a training step can be timed without forward and backward."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from bench.shapes import Shape
+from sassha_fused import Sassha
+from sassha_fused.hvp import SOURCES, HessianSource
+from tests.reference import ReferenceSassha
+
+LAZY, HESSIAN = "lazy step", "Hessian step"
+
+
+class Problem:
+    """Parameters, the gradients of both passes and Hessian products, shared by all contenders of a run."""
+
+    def __init__(self, shapes: tuple[Shape, ...], seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(scale: float) -> list[Tensor]:
+            return [torch.empty(shape).normal_(0, scale, generator=generator) for shape in shapes]
+
+        self.parameters = [tensor.requires_grad_() for tensor in normal(0.05)]
+        self.first_gradients = normal(0.01)
+        self.second_gradients = normal(0.01)
+        self.products = normal(0.1)
+        self.count = sum(parameter.numel() for parameter in self.parameters)
+
+    def assign(self, gradients: list[Tensor]) -> None:
+        """What backward would have left; never timed, for any contender."""
+        for parameter, gradient in zip(self.parameters, gradients):
+            parameter.grad = gradient
+
+
+class TwoPass:
+    """Sassha: `perturb` between the two gradients and `step` after them; Hessian steps and lazy steps alternate."""
+
+    def __init__(self, name: str, problem: Problem, backend: str | None) -> None:
+        self.name = name
+        self.problem = problem
+        settings = {"lr": 1e-4, "weight_decay": 1e-4, "hessian_interval": 2}
+        if backend is None:
+            self.optimizer = ReferenceSassha(problem.parameters, **settings)
+            self.finish = self._finish_reference
+        else:
+            SOURCES["given"] = HessianSource(lambda *_: problem.products, needs_graph=False)
+            self.optimizer = Sassha(problem.parameters, **settings, hvp="given", backend=backend)
+            self.finish = self.optimizer.step
+
+    def _finish_reference(self) -> None:
+        self.optimizer.update(self.problem.products if self.optimizer.hessian_due else None)
+
+    def step(self) -> tuple[str, float]:
+        kind = HESSIAN if self.optimizer.hessian_due else LAZY
+        self.problem.assign(self.problem.first_gradients)
+        start = time.perf_counter()
+        self.optimizer.perturb()
+        perturbed = time.perf_counter()
+        self.problem.assign(self.problem.second_gradients)
+        resumed = time.perf_counter()
+        self.finish()
+        return kind, perturbed - start + time.perf_counter() - resumed
+
+    def round(self) -> dict[str, float]:
+        return dict((self.step(), self.step()))
+
+
+class OnePass:
+    """An optimizer of torch.optim; its step stands beside Sassha's lazy step."""
+
+    def __init__(self, name: str, problem: Problem, optimizer: torch.optim.Optimizer) -> None:
+        self.name = name
+        self.problem = problem
+        self.optimizer = optimizer
+
+    def round(self) -> dict[str, float]:
+        self.problem.assign(self.problem.first_gradients)
+        start = time.perf_counter()
+        self.optimizer.step()
+        return {LAZY: time.perf_counter() - start}
+
+
+def sassha(problem: Problem, backend: str) -> TwoPass:
+    return TwoPass(f"sassha {backend}", problem, backend)
+
+
+def per_tensor_loop(problem: Problem) -> TwoPass:
+    return TwoPass("per-tensor loop", problem, None)
+
+
+def adamw(problem: Problem, **implementation: bool) -> OnePass:
+    (name,) = implementation
+    return OnePass(f"AdamW {name}", problem, torch.optim.AdamW(problem.parameters, lr=1e-4, **implementation))
+
+
+def sgd(problem: Problem) -> OnePass:
+    return OnePass("SGD momentum", problem, torch.optim.SGD(problem.parameters, lr=1e-4, momentum=0.9))

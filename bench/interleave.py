@@ -1,0 +1,59 @@
+"""Times contenders in turns within one run, so that a drifting machine slows all of them alike."""
+
+import gc
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+Samples = dict[tuple[str, str], list[float]]
+
+WARM_UP_ROUNDS = 1
+MIN_ROUNDS = 7
+
+
+class Contender(Protocol):
+    name: str
+
+    def round(self) -> dict[str, float]:
+        """Runs once and returns the seconds taken by kind of step."""
+
+
+def interleaved(contenders: Sequence[Contender], seconds: float, progress: Callable[[float], None]) -> Samples:
+    """Rounds over all contenders, each round starting with another one, for about `seconds`."""
+    samples: Samples = defaultdict(list)
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        rounds = 0
+        while rounds < WARM_UP_ROUNDS + MIN_ROUNDS or time.perf_counter() - start < seconds:
+            first = rounds % len(contenders)
+            for contender in (*contenders[first:], *contenders[:first]):
+                for kind, taken in contender.round().items():
+                    if rounds >= WARM_UP_ROUNDS:
+                        samples[kind, contender.name].append(taken)
+            rounds += 1
+            progress(time.perf_counter() - start)
+    finally:
+        gc.enable()
+    return dict(samples)
+
+
+_replayed = 0.0
+
+
+def replayed_seconds() -> float:
+    """A timer for pytest-benchmark that runs only while `replay` replays samples."""
+    return _replayed
+
+
+def replay(benchmark, samples: Sequence[float]) -> None:
+    """Hands samples measured in turns to pytest-benchmark, which itself can only time one contender after another."""
+    remaining = iter(samples)
+
+    def advance() -> None:
+        global _replayed
+        _replayed += next(remaining)
+
+    benchmark.pedantic(advance, rounds=len(samples))

@@ -1,0 +1,36 @@
+"""Host time of a lazy step: many tensors of 8 elements, so that arithmetic and memory cost nothing."""
+
+from statistics import median
+
+import pytest
+
+from bench.contenders import LAZY, Problem, adamw, sassha
+from bench.interleave import interleaved, replay, replayed_seconds
+
+SECONDS = 8
+CONTENDERS = ("sassha cpu", "AdamW fused", "AdamW foreach")
+
+
+@pytest.fixture(scope="module", params=[161, 1000])
+def measured(request, progress, report):
+    tensors = request.param
+    problem = Problem(((8,),) * tensors)
+    contenders = [sassha(problem, "cpu"), adamw(problem, fused=True), adamw(problem, foreach=True)]
+    with progress(f"{tensors} small tensors", SECONDS) as passed:
+        samples = interleaved(contenders, SECONDS, passed)
+    typical = {name: median(samples[LAZY, name]) for name in CONTENDERS}
+    rows = [("", "us", "us/tensor", "this / AdamW fused")]
+    for name, seconds in typical.items():
+        ratio = seconds / typical["AdamW fused"]
+        rows.append((name, f"{1e6 * seconds:.0f}", f"{1e6 * seconds / tensors:.2f}", f"{ratio:.2f}"))
+    report.table(f"{tensors} tensors of 8 elements, {LAZY}, medians of {len(samples[LAZY, 'sassha cpu'])} rounds", rows)
+    report.judge(f"host {tensors}", typical["sassha cpu"] / typical["AdamW fused"])
+    return tensors, samples
+
+
+@pytest.mark.benchmark(timer=replayed_seconds)
+@pytest.mark.parametrize("contender", CONTENDERS)
+def test_host_time(measured, contender, benchmark):
+    tensors, samples = measured
+    benchmark.group = f"{tensors} tensors of 8 elements, {LAZY}"
+    replay(benchmark, samples[LAZY, contender])

@@ -1,0 +1,129 @@
+"""The comparison as a table, as CSV files and as a picture."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+
+from examples.mnist.contenders import FUSED, LOOP
+from examples.mnist.train import Run
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+Runs = dict[str, list[Run]]  # of each optimizer, one run per seed
+
+LOWEST_ACCURACY_SHOWN = 85
+
+STYLES = {
+    FUSED: {"color": "#0072b2", "linewidth": 2.6},
+    LOOP: {"color": "#7cc4f0", "linewidth": 1.4, "linestyle": (0, (4, 2))},
+    "AdamW": {"color": "#d55e00", "linewidth": 1.6},
+    "SGD": {"color": "#009e73", "linewidth": 1.6},
+}
+
+
+def table(runs: Runs) -> str:
+    header = ("optimizer", "test accuracy", "optimizer, ms/step", "share of step", "whole step, ms", "state memory")
+    rows = [header, *(_row(name, of_seed) for name, of_seed in runs.items())]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _row(name: str, runs: Sequence[Run]) -> tuple[str, ...]:
+    accuracies = [100 * run.accuracies[-1] for run in runs]
+    spread = f" ± {stdev(accuracies):.2f}" if len(runs) > 1 else ""
+    own = mean(run.stopwatch.own for run in runs)
+    whole = mean(run.stopwatch.whole for run in runs)
+    state = runs[0].state_bytes
+    return (
+        name,
+        f"{mean(accuracies):.2f}{spread} %",
+        f"{own:.3f}",
+        f"{100 * own / whole:.1f} %",
+        f"{whole:.1f}",
+        f"{state / 1e6:.2f} MB ({state / runs[0].parameters:.1f} B/parameter)",
+    )
+
+
+def distance(runs: Runs) -> str:
+    """How far the fused run and the per-tensor loop are apart, from the same seed."""
+    pairs = list(zip(runs[FUSED], runs[LOOP]))
+    weights = max((fused.weights - loop.weights).abs().max().item() for fused, loop in pairs)
+    losses = max(abs(a - b) for fused, loop in pairs for a, b in zip(fused.losses, loop.losses))
+    return f"final weights {weights:.1e}, loss of any step {losses:.1e}"
+
+
+def save(runs: Runs, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    each = [(name, seed, run) for name, of_seed in runs.items() for seed, run in enumerate(of_seed)]
+    _save_csv(
+        folder / "summary.csv",
+        ("optimizer", "seed", "test_accuracy", "test_loss", "optimizer_ms", "step_ms", "state_bytes"),
+        (
+            (
+                name,
+                seed,
+                run.accuracies[-1],
+                run.test_losses[-1],
+                run.stopwatch.own,
+                run.stopwatch.whole,
+                run.state_bytes,
+            )
+            for name, seed, run in each
+        ),
+    )
+    _save_csv(
+        folder / "curves.csv",
+        ("optimizer", "seed", "epoch", "train_loss", "test_loss", "test_accuracy"),
+        (
+            (name, seed, epoch, *values)
+            for name, seed, run in each
+            for epoch, values in enumerate(zip(run.train_losses, run.test_losses, run.accuracies), start=1)
+        ),
+    )
+    _save_picture(runs, folder / "curves.png")
+
+
+def _save_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def _save_picture(runs: Runs, path: Path) -> None:
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (training, testing, accuracy) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for name, of_seed in runs.items():
+        _draw(training, name, [run.train_losses for run in of_seed])
+        _draw(testing, name, [run.test_losses for run in of_seed])
+        _draw(accuracy, name, [[100 * value for value in run.accuracies] for run in of_seed])
+    for axes, title in ((training, "training loss"), (testing, "test loss"), (accuracy, "test accuracy, %")):
+        axes.set(xlabel="epoch", title=title)
+        axes.grid(which="both", alpha=0.2)
+    for axes in (training, testing):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(which="minor", labelsize=7)
+    accuracy.set_ylim(LOWEST_ACCURACY_SHOWN, 100)
+    accuracy.legend(frameon=False, loc="lower right", title="at the end")
+    seeds = len(runs[FUSED])
+    figure.suptitle(
+        f"A small ResNet on 1,000 MNIST digits, tested on 4,000: mean and range of {seeds} seeds"
+        if seeds > 1
+        else "A small ResNet on 1,000 MNIST digits, tested on 4,000"
+    )
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def _draw(axes: plt.Axes, name: str, of_seed: list[list[float]]) -> None:
+    epochs = range(1, len(of_seed[0]) + 1)
+    final = mean(values[-1] for values in of_seed)
+    axes.plot(epochs, [mean(values) for values in zip(*of_seed)], label=f"{name}: {final:.2f}", **STYLES[name])
+    if len(of_seed) > 1:
+        lowest, highest = zip(*((min(values), max(values)) for values in zip(*of_seed)))
+        axes.fill_between(epochs, lowest, highest, color=STYLES[name]["color"], alpha=0.15, linewidth=0)

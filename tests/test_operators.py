@@ -1,0 +1,834 @@
+"""Every operator of every backend against the formulas, element by element: sizes, alignments, strides, counts."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sassha_fused import eager
+from sassha_fused.ops import NAMES
+from tests.backends import BACKENDS, BASELINE, each_backend, each_other_backend, operators_of
+from tests.cases import (
+    DTYPES,
+    GENERAL_POWER_ULPS,
+    LAYOUTS,
+    PART_ALIGNMENT,
+    ULPS,
+    Case,
+    Spec,
+    assert_rounded,
+    assert_same_bits,
+    assert_untouched,
+    each_dtype,
+    each_narrow_dtype,
+    every_layout,
+    every_size,
+    every_size_at_every_alignment,
+    make_case,
+    many,
+    threads,
+)
+from tests.reference import formula_perturb, formula_update, memory_order, signs
+
+HYPER: dict[str, Any] = {
+    "lr": 0.15,
+    "betas": (0.9, 0.999),
+    "eps": 1e-4,
+    "weight_decay": 0.01,
+    "hessian_power": 0.5,
+    "bias_correction": "step",
+    "maximize": False,
+}
+
+LISTS: dict[str, Callable[[torch.dtype], list[Spec]]] = {
+    "every size": every_size,
+    "every size at every alignment": every_size_at_every_alignment,
+    "every layout": lambda dtype: every_layout(),
+    "1 tensor": lambda dtype: [Spec((3, 7), shift=1)],
+    "57 tensors": lambda dtype: many(57),
+    "1000 tensors": lambda dtype: many(1000),
+    "a long one": lambda dtype: [Spec((5,)), Spec((150_001,), shift=1), Spec((3,))],
+}
+
+
+@functools.cache
+def listed_case(dtype: torch.dtype, specs: str) -> Case:
+    return make_case(dtype, LISTS[specs](dtype))
+
+
+each_list = pytest.mark.parametrize("specs", LISTS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """What more threads do is a test of its own."""
+    with threads(1):
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calls, and what must hold after them
+
+
+def run_perturb(backend: str, on: Case, norm: float, rho: float, adaptive: bool, maximize: bool) -> None:
+    scalar = torch.tensor(norm, dtype=torch.float64, device=BACKENDS[backend])
+    operators_of(backend).perturb_(on.params, on.grads, on.backup, on.offsets, scalar, rho, adaptive, maximize)
+
+
+def perturb(backend: str, case: Case, norm: float, rho: float, adaptive: bool, maximize: bool) -> Case:
+    """What perturb_ makes of a case, on the CPU."""
+    on = case.to(BACKENDS[backend])
+    run_perturb(backend, on, norm, rho, adaptive, maximize)
+    return on.to("cpu")
+
+
+def check_perturb(
+    backend: str, before: Case, norm: float, rho: float = 0.2, adaptive: bool = False, maximize: bool = False
+) -> None:
+    after = perturb(backend, before, norm, rho, adaptive, maximize)
+    w = before.in_order(before.params)
+    exact = formula_perturb(w, before.in_order(before.grads), norm, rho, adaptive, maximize)
+    assert_rounded(after.params, exact.w, exact.w_largest, ULPS)
+    assert_same_bits(torch.cat(after.parts(after.backup)), w, "backup")
+    assert_untouched(after, before, but=("params", "backup"))
+
+
+def run_update(
+    backend: str,
+    on: Case,
+    hyper: dict[str, Any],
+    hessian: bool,
+    guards: Sequence[Tensor] = (torch.tensor(1.0),),
+    lr_tensor: Tensor | None = None,
+) -> None:
+    device = BACKENDS[backend]
+    operators_of(backend).update_(
+        on.params,
+        on.grads,
+        on.products if hessian else [],
+        on.backup,
+        on.exp_avg,
+        on.exp_hessian,
+        on.steps,
+        on.skipped,
+        on.offsets,
+        on.rows,
+        [guard.to(device) for guard in guards],
+        None if lr_tensor is None else lr_tensor.to(device),
+        hyper["lr"],
+        *hyper["betas"],
+        hyper["eps"],
+        hyper["weight_decay"],
+        hyper["hessian_power"],
+        hyper["bias_correction"] == "step",
+        hyper["maximize"],
+    )
+
+
+def update(backend: str, case: Case, hyper: dict[str, Any], hessian: bool, *scalars: Any, **more: Any) -> Case:
+    """What update_ makes of a case, on the CPU."""
+    on = case.to(BACKENDS[backend])
+    run_update(backend, on, hyper, hessian, *scalars, **more)
+    return on.to("cpu")
+
+
+def check_update(backend: str, before: Case, hessian: bool, lr_tensor: Tensor | None = None, **changes: Any) -> None:
+    hyper = {**HYPER, **changes}
+    after = update(backend, before, hyper, hessian, lr_tensor=lr_tensor)
+    if lr_tensor is not None:
+        hyper["lr"] = float(lr_tensor)
+    counts = before.steps[before.rows]
+    t, e = (
+        int(count[0]) if (count == count[0]).all() else before.per_element(count.double()) for count in counts.unbind(1)
+    )
+    w, m, D = (torch.cat(before.parts(flat)) for flat in (before.backup, before.exp_avg, before.exp_hessian))
+    exact = formula_update(
+        w,
+        before.in_order(before.grads),
+        before.in_order(before.products) if hessian else None,
+        m,
+        D,
+        t,
+        e,
+        **hyper,
+    )
+    assert_rounded(
+        after.params, exact.w, exact.w_largest, ULPS if hyper["hessian_power"] in (0.5, 1.0) else GENERAL_POWER_ULPS
+    )
+    assert_rounded(after.parts(after.exp_avg), exact.m, exact.m_largest, ULPS)
+    assert_rounded(after.parts(after.exp_hessian), exact.D, exact.D_largest, ULPS)
+    expected = [
+        [t + 1, (t if hyper["bias_correction"] == "step" else e) + 1 if hessian else e] for t, e in counts.tolist()
+    ]
+    assert after.steps[before.rows].tolist() == expected
+    others = [row for row in range(len(before.steps)) if row not in set(before.rows)]
+    assert_same_bits(after.steps[others], before.steps[others], "the counts of other parameters")
+    assert after.skipped.tolist() == [0]
+    # On a lazy step not one bit of D may change.
+    written = ("params", "exp_avg", "steps", "skipped") + (("exp_hessian",) if hessian else ())
+    assert_untouched(after, before, but=written)
+
+
+def run_hutchinson(backend: str, on: Case, seed: int, evaluation: int, sample: int, samples: int) -> None:
+    operators_of(backend).hutchinson_(
+        on.products, on.estimate, on.offsets, on.indices, seed, evaluation, sample, samples
+    )
+
+
+def hutchinson(backend: str, case: Case, seed: int, evaluation: int, sample: int, samples: int) -> Case:
+    """What hutchinson_ makes of a case, on the CPU."""
+    on = case.to(BACKENDS[backend])
+    run_hutchinson(backend, on, seed, evaluation, sample, samples)
+    return on.to("cpu")
+
+
+def run_rademacher(backend: str, on: Case, seed: int, evaluation: int, sample: int) -> None:
+    """Writes the signs over the parameters."""
+    operators_of(backend).rademacher_(on.params, on.indices, seed, evaluation, sample)
+
+
+def check_hutchinson(backend: str, before: Case, sample: int, samples: int) -> None:
+    after = hutchinson(backend, before, 5, 6, sample, samples)
+    z = [signs(i, p.numel(), 5, 6, sample) for i, p in zip(before.indices, before.products, strict=True)]
+    terms = [torch.cat(z) * before.in_order(before.products).double()]
+    if sample > 0:
+        terms.append(torch.cat(before.parts(before.estimate)).double())
+    exact, largest = torch.stack(terms).sum(0), torch.stack(terms).abs().amax(0)
+    if sample == samples - 1:
+        exact, largest = exact / samples, largest / samples
+    assert_rounded(after.parts(after.estimate), exact, largest, 2)
+    assert_untouched(after, before, but=("estimate",))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The formulas, element by element
+
+
+@each_backend
+@each_dtype
+@each_list
+def test_perturb_moves_every_element_by_the_formula_and_nothing_else(
+    backend: str, dtype: torch.dtype, specs: str
+) -> None:
+    check_perturb(backend, listed_case(dtype, specs), 7.3)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_perturb_is_the_formula_in_every_mode(backend: str, dtype: torch.dtype, adaptive: bool, maximize: bool) -> None:
+    check_perturb(backend, listed_case(dtype, "every size"), 0.37, 0.05, adaptive, maximize)
+    check_perturb(backend, listed_case(dtype, "every layout"), 1e3, 3.0, adaptive, maximize)
+
+
+@each_backend
+@pytest.mark.parametrize("norm", [0.0, 1e-13])
+def test_the_perturbation_of_a_vanishing_gradient_is_that_of_the_formula(backend: str, norm: float) -> None:
+    case = make_case(torch.float64, [Spec((5,))])
+    for g in case.grads:
+        g.mul_(norm)
+    check_perturb(backend, case, norm)
+
+
+@each_backend
+@each_dtype
+@each_list
+@pytest.mark.parametrize("hessian", [False, True], ids=["lazy", "hessian"])
+def test_update_changes_every_element_by_the_formula_and_nothing_else(
+    backend: str, dtype: torch.dtype, specs: str, hessian: bool
+) -> None:
+    check_update(backend, listed_case(dtype, specs), hessian)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("hessian", [False, True], ids=["lazy", "hessian"])
+@pytest.mark.parametrize("hessian_power", [0.5, 1.0, 0.7])
+@pytest.mark.parametrize("bias_correction", ["step", "update"])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_update_is_the_formula_in_every_mode(
+    backend: str, dtype: torch.dtype, hessian: bool, hessian_power: float, bias_correction: str, maximize: bool
+) -> None:
+    check_update(
+        backend,
+        listed_case(dtype, "every size"),
+        hessian,
+        hessian_power=hessian_power,
+        bias_correction=bias_correction,
+        maximize=maximize,
+    )
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("others", LAYOUTS)
+def test_gradients_and_products_may_have_other_strides_than_their_parameter(
+    backend: str, dtype: torch.dtype, layout: str, others: str
+) -> None:
+    specs = [Spec(shape, layout, 1) for shape in [(), (3, 1, 4), (6, 11), (4, 3, 5, 5), (33, 40)]]
+    case = make_case(dtype, specs, others=others)
+    check_perturb(backend, case, 2.0)
+    check_update(backend, case, hessian=True)
+
+
+@each_other_backend
+@each_dtype
+def test_writes_too_large_for_the_caches_are_the_same_writes(backend: str, dtype: torch.dtype) -> None:
+    # One call writes more than 8 MiB to each array, and must equal one call per tensor, each of which writes less.
+    count = (8 << 20) // dtype.itemsize // 10
+    case = make_case(dtype, [Spec((count + 77 * i,), shift=i) for i in range(9)] + [Spec((500, 601), "transposed", 3)])
+    together, one_by_one = case.to(BACKENDS[backend]), case.to(BACKENDS[backend])
+    singles = [one_by_one.only(i) for i in range(len(case.params))]
+
+    def run(operator: Callable[..., None], *arguments: Any) -> None:
+        operator(backend, together, *arguments)
+        for single in singles:
+            operator(backend, single, *arguments)
+        assert_same_case(together, one_by_one)
+
+    run(run_perturb, 3.0, 0.2, False, False)
+    run(run_update, HYPER, True)
+    run(run_rademacher, 1, 2, 3)
+    run(run_update, HYPER, True, [torch.tensor(math.nan)])
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize(
+    "hyper",
+    [
+        {"betas": (0.0, 0.0)},
+        {"betas": (0.999, 0.9)},
+        {"eps": 1.0, "hessian_power": 1.0},
+        {"weight_decay": 0.5, "lr": 1.0},
+        {"lr": 0.0},
+        {"weight_decay": 0.0, "hessian_power": 0.25},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("hessian", [False, True], ids=["lazy", "hessian"])
+def test_update_is_the_formula_at_unusual_hyperparameters(
+    backend: str, dtype: torch.dtype, hyper: dict[str, Any], hessian: bool
+) -> None:
+    check_update(backend, make_case(dtype, many(20)), hessian, **hyper)
+
+
+@each_backend
+@pytest.mark.parametrize("steps", [(0, 0), (1, 1), (9, 1), (9, 9), (100_000, 3), (3_000_000_000, 3_000_000_000)])
+def test_counts_of_any_length_correct_the_bias(backend: str, steps: tuple[int, int]) -> None:
+    case = make_case(torch.float64, [Spec((5,))])
+    case.steps[case.rows[0]] = torch.tensor(steps)
+    for correction in ("step", "update"):
+        check_update(backend, case, hessian=True, bias_correction=correction)
+        if steps[1]:
+            check_update(backend, case, hessian=False, bias_correction=correction)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("lr_dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_tensor_takes_the_place_of_the_learning_rate(backend: str, dtype: torch.dtype, lr_dtype: torch.dtype) -> None:
+    case = make_case(dtype, [*many(9), Spec(())])
+    check_update(backend, case, True, lr_tensor=torch.tensor(0.033, dtype=lr_dtype), lr=1e6)
+
+
+@each_backend
+def test_a_learning_rate_of_shape_one_updates_scalars_too(backend: str) -> None:
+    check_update(backend, make_case(torch.float32, [Spec(()), Spec((3,))]), True, lr_tensor=torch.tensor([0.033]))
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_update_takes_products_in_the_dtype_of_the_state(backend: str, dtype: torch.dtype) -> None:
+    case = make_case(dtype, [*many(20), *every_layout()])
+    wide = make_case(torch.float32, [*many(20), *every_layout()], seed=1)
+    case.products = wide.products
+    check_update(backend, case, hessian=True)
+
+
+@each_backend
+@each_dtype
+@each_list
+def test_one_sample_of_the_estimate_is_the_product_with_its_signs(backend: str, dtype: torch.dtype, specs: str) -> None:
+    check_hutchinson(backend, listed_case(dtype, specs), 0, 1)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("sample", [0, 1, 2])
+def test_the_estimate_starts_at_zero_and_ends_as_the_mean(backend: str, dtype: torch.dtype, sample: int) -> None:
+    check_hutchinson(backend, listed_case(dtype, "every size"), sample, 3)
+    check_hutchinson(backend, listed_case(dtype, "every layout"), sample, 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad steps
+
+
+def check_skip(backend: str, before: Case, *guards: Tensor, hessian: bool = True) -> None:
+    after = update(backend, before, HYPER, hessian, [torch.tensor(1.0), *guards])
+    restored = torch.cat([memory_order(w) for w in after.params])
+    assert_same_bits(restored, torch.cat(before.parts(before.backup)), "w after a skipped step")
+    assert after.skipped.tolist() == [1]
+    assert_untouched(after, before, but=("params", "skipped"))
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("guard_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("hessian", [False, True], ids=["lazy", "hessian"])
+def test_a_guard_that_is_not_finite_restores_the_weights_and_writes_nothing_else(
+    backend: str, dtype: torch.dtype, guard_dtype: torch.dtype, bad: float, hessian: bool
+) -> None:
+    case = make_case(dtype, [*many(12), Spec((3, 4, 5, 5), "channels_last"), Spec((5, 6), "sliced"), Spec(())])
+    check_skip(backend, case, torch.tensor(bad, dtype=guard_dtype), hessian=hessian)
+
+
+@each_backend
+def test_any_one_of_several_guards_skips_the_step(backend: str) -> None:
+    case = make_case(torch.float32, many(5))
+    good = [torch.tensor(3.4e38), torch.tensor(-1e308, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float16)]
+    for i in range(len(good) + 1):
+        guards = [*good[:i], torch.tensor(math.nan), *good[i:]]
+        check_skip(backend, case, *guards)
+    assert update(backend, case, HYPER, True, good).skipped.tolist() == [0]
+
+
+@each_backend
+@each_dtype
+def test_a_skipped_step_brings_back_every_size_and_layout(backend: str, dtype: torch.dtype) -> None:
+    check_skip(backend, make_case(dtype, [*every_size(dtype), *every_layout()]), torch.tensor(math.inf))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backends among each other
+
+
+def assert_same_case(actual: Case, expected: Case) -> None:
+    for name, tensors in actual.tensors().items():
+        for i, (t, other) in enumerate(zip(tensors, expected.tensors()[name], strict=True)):
+            assert_same_bits(t, other, f"{name} {i}")
+
+
+SAME_BITS_LISTS = ("every size at every alignment", "every layout", "57 tensors")
+
+
+@each_other_backend
+@each_narrow_dtype
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_backends_perturb_to_the_same_bits(backend: str, dtype: torch.dtype, adaptive: bool) -> None:
+    for specs in SAME_BITS_LISTS:
+        case = listed_case(dtype, specs)
+        assert_same_case(*(perturb(name, case, 7.3, 0.2, adaptive, False) for name in (backend, BASELINE)))
+
+
+@each_other_backend
+@each_narrow_dtype
+@pytest.mark.parametrize("hessian_power", [0.5, 1.0])
+@pytest.mark.parametrize("hessian", [False, True], ids=["lazy", "hessian"])
+def test_backends_update_to_the_same_bits(
+    backend: str, dtype: torch.dtype, hessian_power: float, hessian: bool
+) -> None:
+    for specs in SAME_BITS_LISTS:
+        case = listed_case(dtype, specs)
+        hyper = {**HYPER, "hessian_power": hessian_power}
+        assert_same_case(*(update(name, case, hyper, hessian) for name in (backend, BASELINE)))
+
+
+@each_other_backend
+@each_dtype
+@pytest.mark.parametrize("sample", [0, 1, 2])
+def test_backends_estimate_to_the_same_bits(backend: str, dtype: torch.dtype, sample: int) -> None:
+    for specs in SAME_BITS_LISTS:
+        case = listed_case(dtype, specs)
+        assert_same_case(*(hutchinson(name, case, 1, 2, sample, 3) for name in (backend, BASELINE)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any shapes and hyperparameters
+
+unit = st.floats(0, 0.9999)
+shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
+any_specs = st.lists(st.builds(Spec, shapes, st.sampled_from(LAYOUTS), st.integers(0, 31)), min_size=1, max_size=6)
+
+
+@each_backend
+@given(
+    specs=any_specs,
+    others=st.sampled_from(["same", *LAYOUTS]),
+    dtype=st.sampled_from(DTYPES),
+    norm=st.floats(1e-3, 1e3),
+    rho=st.floats(0, 10),
+    adaptive=st.booleans(),
+    maximize=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_perturb_is_the_formula_for_any_shapes_and_scalars(
+    backend: str, specs: list[Spec], others: str, dtype: torch.dtype, seed: int, **scalars: Any
+) -> None:
+    check_perturb(backend, make_case(dtype, specs, others=others, seed=seed), **scalars)
+
+
+@each_backend
+@given(
+    specs=any_specs,
+    others=st.sampled_from(["same", *LAYOUTS]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**32),
+    hessian=st.booleans(),
+    lr=st.floats(0, 10),
+    betas=st.tuples(unit, unit),
+    eps=st.floats(1e-8, 1),
+    weight_decay=st.floats(0, 1),
+    hessian_power=st.sampled_from([0.5, 1.0]) | st.floats(0.01, 1),
+    bias_correction=st.sampled_from(["step", "update"]),
+    maximize=st.booleans(),
+)
+def test_update_is_the_formula_for_any_shapes_and_hyperparameters(
+    backend: str, specs: list[Spec], others: str, dtype: torch.dtype, seed: int, hessian: bool, **hyper: Any
+) -> None:
+    check_update(backend, make_case(dtype, specs, others=others, seed=seed), hessian, **hyper)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The norm
+
+
+def norm_of(backend: str, grads: Sequence[Tensor], params: Sequence[Tensor] = (), adaptive: bool = False) -> float:
+    device = BACKENDS[backend]
+    norm = operators_of(backend).grad_norm([g.to(device) for g in grads], [w.to(device) for w in params], adaptive)
+    assert norm.shape == () and norm.dtype == torch.float64 and norm.device.type == torch.device(device).type
+    return float(norm)
+
+
+def exact_norm(grads: Sequence[Tensor], params: Sequence[Tensor] | None = None) -> float:
+    """The norm, with the squares summed without any rounding."""
+    terms = [g.double() if params is None else g.double() * w.double() for g, w in zip(grads, params or grads)]
+    return math.sqrt(math.fsum(torch.cat([memory_order(term) for term in terms]).square().tolist()))
+
+
+@each_backend
+@each_dtype
+@each_list
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_norm_is_exact_to_a_few_ulp_of_float64(backend: str, dtype: torch.dtype, specs: str, adaptive: bool) -> None:
+    case = listed_case(dtype, specs)
+    expected = exact_norm(case.grads, case.params if adaptive else None)
+    assert norm_of(backend, case.grads, case.params, adaptive) == pytest.approx(expected, rel=8 * 2**-53, abs=0)
+
+
+@each_backend
+@pytest.mark.parametrize("values", [(3.0, 4.0), (5.0,), (0.0, 0.0), ()], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 2.0**125, 2.0**-149], ids=["1", "2^125", "2^-149"])
+def test_norm_neither_overflows_nor_underflows_in_float32(
+    backend: str, values: tuple[float, ...], scale: float
+) -> None:
+    # The squares of these lie beyond the range of float32, the smallest are its subnormal numbers.
+    grads = [torch.tensor(values, dtype=torch.float64).mul(scale).float(), torch.zeros(3)]
+    assert norm_of(backend, grads) == (scale * 5.0 if sum(values) else 0.0)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 63, 64, 65, 129, 1025])
+def test_one_element_that_is_not_finite_shows_in_the_norm(
+    backend: str, dtype: torch.dtype, bad: float, size: int
+) -> None:
+    for at in {0, size // 3, size // 2, size - 1}:
+        grads = [torch.ones(3, dtype=dtype), torch.ones(size, dtype=dtype), torch.ones((), dtype=dtype)]
+        grads[1][at] = bad
+        for adaptive in (False, True):
+            assert not math.isfinite(norm_of(backend, grads, [torch.zeros_like(g) for g in grads], adaptive))
+
+
+@each_backend
+@each_dtype
+def test_norm_without_parameters_is_the_norm(backend: str, dtype: torch.dtype) -> None:
+    grads = listed_case(dtype, "57 tensors").grads
+    assert norm_of(backend, grads) == norm_of(backend, grads, listed_case(dtype, "57 tensors").params)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("others", LAYOUTS)
+def test_adaptive_norm_pairs_elements_of_different_strides(backend: str, dtype: torch.dtype, others: str) -> None:
+    specs = [Spec(shape, layout, 1) for shape in [(6, 11), (4, 3, 5, 5)] for layout in LAYOUTS]
+    case = make_case(dtype, specs, others=others)
+    expected = math.sqrt(sum(exact_norm([g], [w]) ** 2 for g, w in zip(case.grads, case.params, strict=True)))
+    assert norm_of(backend, case.grads, case.params, True) == pytest.approx(expected, rel=8 * 2**-53, abs=0)
+
+
+THREADS = (1, 2, 5)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_number_of_threads_changes_no_bit_of_the_norm(backend: str, dtype: torch.dtype, adaptive: bool) -> None:
+    case = make_case(dtype, [Spec((100_003,)), *many(57), Spec((70_001,), shift=1)])
+    norms = set()
+    for count in THREADS:
+        with threads(count):
+            norms.add(norm_of(backend, case.grads, case.params, adaptive))
+    assert len(norms) == 1
+
+
+# The baseline leaves the threads to torch, whatever the list.
+@pytest.mark.parametrize(
+    "backend, specs",
+    [(name, "a long one") for name in BACKENDS]
+    + [
+        (name, specs)
+        for name in BACKENDS
+        if name != BASELINE
+        for specs in ("every size at every alignment", "every layout", "1000 tensors")
+    ],
+)
+@each_dtype
+def test_the_number_of_threads_changes_no_bit_of_what_is_written(backend: str, dtype: torch.dtype, specs: str) -> None:
+    results: list[Case] = []
+    for count in THREADS:
+        on = listed_case(dtype, specs).to(BACKENDS[backend])
+        with threads(count):
+            run_perturb(backend, on, 3.0, 0.2, True, False)
+            run_hutchinson(backend, on, 1, 2, 0, 3)
+            run_update(backend, on, HYPER, True)
+            run_rademacher(backend, replace(on, params=on.grads), 1, 2, 3)
+        results.append(on.to("cpu"))
+        assert_same_case(results[-1], results[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators as torch sees them
+
+NAMESPACE = torch.ops.sassha_fused
+
+
+def arguments_of(name: str, case: Case) -> dict[str, Any]:
+    """Arguments for an operator, by the names of its schema."""
+    return {
+        "grad_norm": {"grads": case.grads, "params": case.params, "adaptive": True},
+        "perturb_": {
+            "params": case.params,
+            "grads": case.grads,
+            "backup": case.backup,
+            "offsets": case.offsets,
+            "norm": torch.tensor(3.0, dtype=torch.float64, device=case.backup.device),
+            "rho": 0.2,
+            "adaptive": False,
+            "maximize": False,
+        },
+        "rademacher_": {"signs": case.params, "indices": case.indices, "seed": 1, "evaluation": 2, "sample": 3},
+        "hutchinson_": {
+            "products": case.products,
+            "estimate": case.estimate,
+            "offsets": case.offsets,
+            "indices": case.indices,
+            "seed": 1,
+            "evaluation": 2,
+            "sample": 1,
+            "samples": 3,
+        },
+        "update_": {
+            "params": case.params,
+            "grads": case.grads,
+            "products": case.products,
+            "backup": case.backup,
+            "exp_avg": case.exp_avg,
+            "exp_hessian": case.exp_hessian,
+            "steps": case.steps,
+            "skipped": case.skipped,
+            "offsets": case.offsets,
+            "rows": case.rows,
+            "guards": [torch.tensor(1.0, device=case.backup.device)],
+            "lr_tensor": None,
+            "lr": 0.1,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "eps": 1e-4,
+            "weight_decay": 0.01,
+            "hessian_power": 0.5,
+            "step_correction": True,
+            "maximize": False,
+        },
+    }[name]
+
+
+def small_case(dtype: torch.dtype = torch.float32) -> Case:
+    return make_case(
+        dtype, [Spec((5,), shift=1), Spec((3, 4), "transposed"), Spec((2, 3, 4, 4), "channels_last"), Spec(())]
+    )
+
+
+each_operator = pytest.mark.parametrize("name", NAMES)
+
+
+def variants(name: str, case: Case) -> list[dict[str, Any]]:
+    """An operator's arguments, and those of its other paths."""
+    arguments = arguments_of(name, case)
+    others: dict[str, list[dict[str, Any]]] = {
+        "grad_norm": [{"params": [], "adaptive": False}],
+        "update_": [
+            {"products": []},
+            {"lr_tensor": torch.tensor(0.1)},
+            {"guards": [torch.tensor(math.nan), torch.tensor(1.0, dtype=torch.float64)]},
+        ],
+    }
+    return [arguments, *({**arguments, **changes} for changes in others.get(name, []))]
+
+
+@each_operator
+@each_dtype
+def test_torch_accepts_the_operator(name: str, dtype: torch.dtype) -> None:
+    # Schema and what is really written, registration for autograd, fake kernels, and compilation with dynamic shapes.
+    for arguments in variants(name, small_case(dtype)):
+        results = torch.library.opcheck(getattr(NAMESPACE, name).default, (), arguments)
+        assert set(results.values()) == {"SUCCESS"} and len(results) == 4
+
+
+@each_operator
+def test_arguments_in_plain_torch_are_those_of_the_schema(name: str) -> None:
+    schema = getattr(NAMESPACE, name).default._schema
+    written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    expected = {
+        "grad_norm": set(),
+        "perturb_": {"params", "backup"},
+        "rademacher_": {"signs"},
+        "hutchinson_": {"estimate"},
+        "update_": {"params", "exp_avg", "exp_hessian", "steps", "skipped"},
+    }
+    assert list(inspect.signature(getattr(eager, name)).parameters) == [a.name for a in schema.arguments]
+    assert list(arguments_of(name, small_case())) == [a.name for a in schema.arguments]
+    assert written == expected[name]
+    assert not any(a.has_default_value() for a in schema.arguments)
+
+
+@each_operator
+def test_shapes_and_dtypes_are_known_without_values(name: str) -> None:
+    case = small_case()
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake = {
+            key: pytree.tree_map_only(Tensor, mode.from_tensor, value)
+            for key, value in arguments_of(name, case).items()
+        }
+        result = getattr(NAMESPACE, name)(**fake)
+    if name == "grad_norm":
+        assert result.shape == () and result.dtype == torch.float64
+    else:
+        assert result is None
+
+
+@each_operator
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_compiled_function_writes_the_same_bits(name: str, compiler: str) -> None:
+    for i in range(len(variants(name, small_case()))):
+        ran, compiled = small_case(), small_case()
+        torch._dynamo.reset()
+        function = torch.compile(getattr(NAMESPACE, name), fullgraph=True, backend=compiler)
+        expected = getattr(NAMESPACE, name)(**variants(name, ran)[i])
+        found = function(**variants(name, compiled)[i])
+        assert_same_case(compiled, ran)
+        if name == "grad_norm":
+            assert_same_bits(found, expected, "norm")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad arguments
+
+
+def shorter(values: Sequence[Any]) -> Sequence[Any]:
+    return values[:-1]
+
+
+def longer(values: Sequence[Any]) -> Sequence[Any]:
+    return [*values, values[-1]]
+
+
+def misshapen(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return [*tensors[:-2], tensors[-2].flatten(), tensors[-1]]
+
+
+def transposed(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return [tensors[0], tensors[1].t(), *tensors[2:]]
+
+
+def mixed(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return [*tensors[:-1], tensors[-1].half()]
+
+
+def reinterpreted(value: Any) -> Any:
+    """The same memory under another dtype."""
+    if isinstance(value, list):
+        return [reinterpreted(t) for t in value]
+    return value.view(
+        torch.int32 if value.dtype == torch.float32 else torch.float64 if value.dtype == torch.int64 else torch.int64
+    )
+
+
+def doubled(value: Any) -> Any:
+    return [t.double() for t in value] if isinstance(value, list) else value.double()
+
+
+def truncated(flat: Tensor) -> Tensor:
+    """Without the part of the last parameter."""
+    return flat[: -3 * PART_ALIGNMENT]
+
+
+def beyond(rows: Sequence[int]) -> Sequence[int]:
+    return [*rows[:-1], len(rows) + 3]
+
+
+LENGTHS = (shorter, longer)
+TENSORS = (*LENGTHS, misshapen, transposed, mixed, reinterpreted, doubled)
+FLATS = (truncated, reinterpreted, doubled)
+BAD_ARGUMENTS = [
+    (name, argument, change)
+    for name, argument, changes in [
+        ("grad_norm", "grads", TENSORS),
+        ("perturb_", "grads", TENSORS),
+        ("perturb_", "backup", FLATS),
+        ("perturb_", "offsets", LENGTHS),
+        ("perturb_", "norm", (reinterpreted,)),
+        ("rademacher_", "indices", LENGTHS),
+        ("hutchinson_", "estimate", FLATS),
+        ("hutchinson_", "offsets", LENGTHS),
+        ("hutchinson_", "indices", LENGTHS),
+        ("update_", "grads", TENSORS),
+        ("update_", "products", TENSORS),
+        ("update_", "backup", FLATS),
+        ("update_", "exp_avg", FLATS),
+        ("update_", "exp_hessian", FLATS),
+        ("update_", "steps", (reinterpreted,)),
+        ("update_", "offsets", LENGTHS),
+        ("update_", "rows", (*LENGTHS, beyond)),
+    ]
+    for change in changes
+]
+
+
+@each_backend
+@pytest.mark.parametrize("name, argument, change", BAD_ARGUMENTS, ids=lambda v: getattr(v, "__name__", v))
+def test_arguments_that_do_not_fit_are_refused_and_nothing_is_written(
+    backend: str, name: str, argument: str, change: Callable[[Any], Any]
+) -> None:
+    before = small_case()
+    case = before.to(BACKENDS[backend])
+    arguments = arguments_of(name, case)
+    arguments[argument] = change(arguments[argument])
+    with pytest.raises((ValueError, RuntimeError, TypeError)):
+        getattr(operators_of(backend), name)(**arguments)
+    assert_untouched(case.to("cpu"), before)
