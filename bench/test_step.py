@@ -1,7 +1,7 @@
 """The optimizer's part of a step, outside forward and backward, for the parameter shapes of four models.
 
 Timed are `perturb()` and `step()` of Sassha and `step()` of the others; gradients and Hessian products are ready, and
-assigning them, as backward would, is never timed. A Hessian step of Sassha also draws its signs; the loop here does not.
+assigning them, as backward would, is never timed. A Hessian step of Sassha also draws its signs; the loop's does not.
 """
 
 import os

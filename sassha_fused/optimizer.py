@@ -36,7 +36,6 @@ class _Perturbation:
     selections: list[Selection]
     norm: Tensor
     due: bool
-    watch: hessian_products.GraphWatch | None
     active: bool = True  # the weights are at w'
     parts: list[Part] | None = None  # set when restore() ran before step()
 
@@ -162,6 +161,7 @@ class Sassha(Optimizer):
         """Forgets what is not state: buckets are made from state again when they are needed."""
         self._buckets = Buckets(self._backend)
         self._perturbation: _Perturbation | None = None
+        self._watch: hessian_products.GraphWatch | None = None
         self._verdict: _Verdict | None = None
         self._used: tuple[weakref.ref[Tensor], int] | None = None
         self._first_pass = False
@@ -181,7 +181,10 @@ class Sassha(Optimizer):
             return self._perturbation.due
         if self._first_pass:
             return False
-        return self._buckets.stale or any(Selection.all_of(*pair).due() for pair in self._buckets)
+        due = self._buckets.stale or any(Selection.all_of(*pair).due() for pair in self._buckets)
+        if due:
+            self._watch_for_graph()
+        return due
 
     @property
     def skipped_steps(self) -> int:
@@ -202,10 +205,9 @@ class Sassha(Optimizer):
         self._close()
         selections, norm = self._gather()
         due = any(selection.due() for selection in selections)
-        watched = [param for selection in selections for param in selection.params] if due else []
-        needs_graph = hessian_products.SOURCES[self._hvp].needs_graph
-        watch = hessian_products.GraphWatch(watched) if watched and needs_graph else None
-        self._perturbation = _Perturbation([], norm, due, watch)
+        if due:
+            self._watch_for_graph()
+        self._perturbation = _Perturbation([], norm, due)
         try:
             with uninterrupted(), _explained(selections):
                 for selection in selections:
@@ -427,8 +429,7 @@ class Sassha(Optimizer):
             return True
         if not hessian_products.SOURCES[self._hvp].needs_graph:
             return True
-        watch = self._perturbation.watch if self._perturbation is not None else None
-        return (watch is not None and watch.built) or any(
+        return (self._watch is not None and self._watch.built) or any(
             grad.requires_grad for selection in selections for grad in selection.grads
         )
 
@@ -478,9 +479,14 @@ class Sassha(Optimizer):
 
     def _close(self) -> None:
         """Ends the step that is under way, if any."""
-        if self._perturbation is not None and self._perturbation.watch is not None:
-            self._perturbation.watch.remove()
-        self._perturbation = None
+        if self._watch is not None:
+            self._watch.remove()
+        self._watch = self._perturbation = None
+
+    def _watch_for_graph(self) -> None:
+        if self._watch is None and hessian_products.SOURCES[self._hvp].needs_graph:
+            params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
+            self._watch = hessian_products.GraphWatch(params) if params else None
 
     def _give_up(self) -> None:
         """After an exception in step(): the weights are at w, and the step has not been."""

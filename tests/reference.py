@@ -383,8 +383,8 @@ def formula_update(
     """The state after one step from the restored w, the second gradient g and, on a Hessian step, the estimate H.
 
     t and e are the counters before the step. With c the step size over the denominator, the terms of the new w are
-    w (1 - eta lambda), c m and, since m is a sum itself, c beta1 m and c (1 - beta1) g. The sum counts as well: where it
-    passes into the next binade, the nearest float alone is a whole ulp of its terms away.
+    w (1 - eta lambda), c m and, since m is a sum itself, c beta1 m and c (1 - beta1) g. The sum counts as well: where
+    it passes into the next binade, the nearest float alone is a whole ulp of its terms away.
     """
     w, g, m, D = w.double(), g.double(), m.double(), D.double()
     beta1, beta2 = betas

@@ -395,26 +395,20 @@ def check_estimate(found: Tensor, terms: Tensor) -> None:
 @each_backend
 @each_narrow_dtype
 @pytest.mark.parametrize("groups", [one_group, many_groups])
-@pytest.mark.parametrize("hessian_samples", [1, 3])
 @pytest.mark.parametrize(
     "options",
     [
         {"hessian_interval": 3},
-        {"hessian_interval": 3, "hessian_power": 1.0, "adaptive": True, "bias_correction": "update"},
-        {"hessian_interval": 1, "hessian_power": 0.7},
+        {"hessian_interval": 3, "hessian_samples": 3, "hessian_power": 1.0, "adaptive": True},
+        {"hessian_interval": 1, "hessian_samples": 3, "hessian_power": 0.7, "bias_correction": "update"},
         {"hessian_interval": 10, "hessian_warmup": 4, "maximize": True, "lr": 1e-3},
     ],
     ids=str,
 )
 def test_every_step_is_the_formula_from_the_state_before_it(
-    backend: str,
-    dtype: torch.dtype,
-    groups: Groups,
-    hessian_samples: int,
-    options: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
+    backend: str, dtype: torch.dtype, groups: Groups, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**COMMON, "hessian_samples": hessian_samples, **options}
+    options = {**COMMON, "hessian_samples": 1, **options}
     check_single_steps(backend, dtype, groups, Recorder(monkeypatch), **options)
 
 
@@ -469,20 +463,20 @@ def test_two_runs_take_the_same_trajectory_to_the_bit(backend: str, dtype: torch
 
 
 @each_backend
-@each_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_the_number_of_threads_changes_no_bit_of_the_trajectory(
     backend: str, dtype: torch.dtype, adaptive: bool
 ) -> None:
     # The gradients and products of this loss are elementwise, so that nothing but the optimizer's passes sums.
     generator = torch.Generator().manual_seed(0)
-    start = [torch.randn(shape, generator=generator).to(dtype) for shape in [(40_001,), (3,), (150, 170)]]
+    start = [torch.randn(shape, generator=generator).to(dtype) for shape in [(33_001,), (3,), (110, 150)]]
     results = []
-    for count in (1, 2, 3):
-        params = [nn.Parameter(w.to(BACKENDS[backend]).clone()) for w in start]
+    for count in (1, 2):
+        params = [nn.Parameter(w.to(BACKENDS[backend], copy=True)) for w in start]
         optimizer = Sassha(params, backend=backend, **{**COMMON, "hessian_interval": 2, "adaptive": adaptive})
         with threads(count):
             for _ in range(3):
                 optimizer.step(lambda: sum((w.square() * (1 + w / 8)).sum() for w in params))
         results.append([snapshot(optimizer)])
-        assert_same_trajectory(results[-1], results[0])
+    assert_same_trajectory(*results)

@@ -66,7 +66,7 @@ def assert_unbiased_with_the_variance_of_the_formula(estimates: Tensor, A: Tenso
 def test_mean_of_the_estimate_over_seeds_and_evaluations_is_the_diagonal(backend: str, hessian_samples: int) -> None:
     # With beta2 = 0 the state is the estimate itself, with lr = 0 the weights stay, and each step is an evaluation.
     A, estimates = hessian(positive=True), []
-    for seed in range(150):
+    for seed in range(80):
         params = parameters(backend)
         options = {"lr": 0.0, "hessian_interval": 1, "hessian_samples": hessian_samples, "backend": backend}
         optimizer = Sassha(params, betas=(0.9, 0.0), seed=seed, **options)
@@ -83,7 +83,7 @@ def test_mean_of_the_signed_estimate_is_the_diagonal_of_an_indefinite_hessian(ba
     assert A.diag().min() < 0 < A.diag().max()
     starts = (0, 3, 4)
     bucket = Bucket([Member(*pair) for pair in zip(params, starts, strict=True)], [{} for _ in params], backend)
-    for seed in range(500):
+    for seed in range(250):
         gradients = torch.autograd.grad(loss(params, A), params, create_graph=True)
         selection = replace(Selection.all_of(bucket, {}), grads=gradients)
         (found,) = hvp.estimate(hvp.SOURCES["autograd"], [selection], samples, seed, 0)

@@ -66,7 +66,7 @@ def listed_case(dtype: torch.dtype, specs: str) -> Case:
     return make_case(dtype, LISTS[specs](dtype))
 
 
-each_list = pytest.mark.parametrize("specs", LISTS)
+each_list = pytest.mark.parametrize("specs", [name for name in LISTS if name != "a long one"])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -692,7 +692,7 @@ def variants(name: str, case: Case) -> list[dict[str, Any]]:
 
 
 @each_operator
-@each_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_torch_accepts_the_operator(name: str, dtype: torch.dtype) -> None:
     # Schema and what is really written, registration for autograd, fake kernels, and compilation with dynamic shapes.
     for arguments in variants(name, small_case(dtype)):
@@ -820,8 +820,16 @@ BAD_ARGUMENTS = [
 ]
 
 
-@each_backend
-@pytest.mark.parametrize("name, argument, change", BAD_ARGUMENTS, ids=lambda v: getattr(v, "__name__", v))
+# Compiled kernels write through pointers and check every argument; eager leaves all but the gradients to torch.
+REFUSED = [
+    pytest.param(backend, *bad, id="-".join((bad[0], bad[1], bad[2].__name__, backend)))
+    for backend in BACKENDS
+    for bad in BAD_ARGUMENTS
+    if backend != "eager" or bad[1] == "grads"
+]
+
+
+@pytest.mark.parametrize("backend, name, argument, change", REFUSED)
 def test_arguments_that_do_not_fit_are_refused_and_nothing_is_written(
     backend: str, name: str, argument: str, change: Callable[[Any], Any]
 ) -> None:

@@ -684,7 +684,7 @@ def test_a_part_of_a_model_may_be_converted_between_steps(backend: str) -> None:
 
 
 @both_backends
-@pytest.mark.parametrize("part", [slice(None), slice(0, 1), slice(2, 3)], ids=["all", "first", "last"])
+@pytest.mark.parametrize("part", [slice(None), slice(0, 1)], ids=["all", "largest"])
 def test_a_model_or_part_of_it_may_change_its_memory_format_between_steps(backend: str, part: slice) -> None:
     moved_model, moved, moved_loss = convolution(backend, torch.contiguous_format)
     model, opt, loss = convolution(backend, torch.contiguous_format)

@@ -27,6 +27,7 @@ void hutchinson_(StableListHandle product_list, Tensor estimate, std::vector<int
   products.check_parts(offsets, estimate);
   STD_TORCH_CHECK(static_cast<int64_t>(indices.size()) == products.size(), "expected one index per tensor");
   if (products.empty()) return;
+  check_dtype(estimate, state_dtype(products.dtype()), "estimate");
   const SignStream stream{static_cast<uint64_t>(seed), static_cast<uint32_t>(evaluation),
                           static_cast<uint32_t>(sample)};
   const bool first = sample == 0;

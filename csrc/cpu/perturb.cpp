@@ -40,11 +40,13 @@ void perturb_(StableListHandle param_list, StableListHandle grad_list, Tensor ba
   const TensorList grads(grad_list, params);
   params.check_parts(offsets, backup);
   if (params.empty()) return;
+  STD_TORCH_CHECK(grads.dtype() == params.dtype(), "grads and params differ in dtype");
+  check_dtype(backup, params.dtype(), "backup");
+  check_dtype(norm, ScalarType::Double, "norm");
   const ElementRanges ranges(params);
   const double gradient_norm = *static_cast<const double*>(norm.const_data_ptr());
   with_dtype(params.dtype(), [&](auto zero) {
     using P = decltype(zero);
-    STD_TORCH_CHECK(grads.dtype() == params.dtype(), "grads and params differ in dtype");
     P* backups = static_cast<P*>(backup.mutable_data_ptr());
     const auto scale = perturbation_scale<Compute<P>>(rho, gradient_norm, maximize);
     const bool streaming = ranges.streaming<P>();

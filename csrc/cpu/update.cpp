@@ -115,6 +115,16 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
   for (const int64_t row : rows) {
     STD_TORCH_CHECK(row >= 0 && row < steps.size(0), "row ", row, " is not one of steps");
   }
+  if (!params.empty()) {
+    const ScalarType state = state_dtype(params.dtype());
+    STD_TORCH_CHECK(grads.dtype() == params.dtype(), "grads and params differ in dtype");
+    STD_TORCH_CHECK(products.empty() || products.dtype() == params.dtype() || products.dtype() == state,
+                    "products and params differ in dtype");
+    check_dtype(backup, params.dtype(), "backup");
+    check_dtype(exp_avg, state, "exp_avg");
+    check_dtype(exp_hessian, state, "exp_hessian");
+    check_dtype(steps, ScalarType::Long, "steps");
+  }
   const bool finite = all_finite(guards);
   *static_cast<int64_t*>(skipped.mutable_data_ptr()) = finite ? 0 : 1;
   if (params.empty()) return;
@@ -122,7 +132,6 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
   with_dtype(params.dtype(), [&](auto zero) {
     using P = decltype(zero);
     using T = Compute<P>;
-    STD_TORCH_CHECK(grads.dtype() == params.dtype(), "grads and params differ in dtype");
     const P* backups = static_cast<const P*>(backup.const_data_ptr());
     const bool streaming = ranges.streaming<P>();
     if (!finite) {

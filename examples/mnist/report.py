@@ -6,16 +6,16 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import matplotlib
+import numpy as np
 
 from examples.mnist.contenders import FUSED, LOOP
 from examples.mnist.train import Run
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 
 Runs = dict[str, list[Run]]  # of each optimizer, one run per seed
-
-LOWEST_ACCURACY_SHOWN = 85
 
 STYLES = {
     FUSED: {"color": "#0072b2", "linewidth": 2.6},
@@ -100,30 +100,41 @@ def _save_picture(runs: Runs, path: Path) -> None:
         _draw(training, name, [run.train_losses for run in of_seed])
         _draw(testing, name, [run.test_losses for run in of_seed])
         _draw(accuracy, name, [[100 * value for value in run.accuracies] for run in of_seed])
+
     for axes, title in ((training, "training loss"), (testing, "test loss"), (accuracy, "test accuracy, %")):
         axes.set(xlabel="epoch", title=title)
-        axes.grid(which="both", alpha=0.2)
+        axes.legend(frameon=False, title="at the end", loc="lower right" if axes is accuracy else "upper right")
     for axes in (training, testing):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(which="minor", labelsize=7)
-    accuracy.set_ylim(LOWEST_ACCURACY_SHOWN, 100)
-    accuracy.legend(frameon=False, loc="lower right", title="at the end")
+        axes.yaxis.set_minor_locator(NullLocator())
+    accuracy.set_yscale("function", functions=(_stretched, _unstretched))
+    accuracy.set_yticks([10, 50, 80, 90, 95, 97, 98])
+    for axes in (training, testing, accuracy):
+        axes.grid(alpha=0.25)
+
     seeds = len(runs[FUSED])
-    figure.suptitle(
-        f"A small ResNet on 1,000 MNIST digits, tested on 4,000: mean and range of {seeds} seeds"
-        if seeds > 1
-        else "A small ResNet on 1,000 MNIST digits, tested on 4,000"
-    )
+    title = "A small ResNet on 1,000 MNIST digits, tested on 4,000"
+    figure.suptitle(f"{title}: mean and range of {seeds} seeds" if seeds > 1 else title)
     figure.savefig(path, dpi=160)
     plt.close(figure)
+
+
+def _stretched(accuracy: np.ndarray) -> np.ndarray:
+    """The logarithm of the distance to 100 %, or else the upper end would be one line."""
+    return -np.log(100.5 - np.minimum(accuracy, 100))
+
+
+def _unstretched(height: np.ndarray) -> np.ndarray:
+    return 100.5 - np.exp(-height)
 
 
 def _draw(axes: plt.Axes, name: str, of_seed: list[list[float]]) -> None:
     epochs = range(1, len(of_seed[0]) + 1)
     final = mean(values[-1] for values in of_seed)
-    axes.plot(epochs, [mean(values) for values in zip(*of_seed)], label=f"{name}: {final:.2f}", **STYLES[name])
+    label = f"{name}: {final:.{4 if final < 10 else 2}f}"
+    axes.plot(epochs, [mean(values) for values in zip(*of_seed)], label=label, **STYLES[name])
     if len(of_seed) > 1:
         lowest, highest = zip(*((min(values), max(values)) for values in zip(*of_seed)))
-        axes.fill_between(epochs, lowest, highest, color=STYLES[name]["color"], alpha=0.15, linewidth=0)
+        axes.fill_between(epochs, lowest, highest, color=STYLES[name]["color"], alpha=0.12, linewidth=0)
