@@ -196,26 +196,26 @@ def test_hessian_steps_follow_interval_and_warm_up(backend: str, interval: int, 
 
 
 @both_backends
-def test_a_parameter_that_joins_late_has_a_schedule_of_its_own(backend: str) -> None:
-    problem = Problem(backend)
-    late = parameter(1.0, 2.0)
-    problem.opt.add_param_group({"params": [late]})
+@pytest.mark.parametrize("own_group", [True, False])
+def test_a_parameter_that_joins_late_has_a_schedule_of_its_own(backend: str, own_group: bool) -> None:
+    first, late = parameter(1.0, 2.0), parameter(1.0, 2.0)
+    groups = [{"params": [first]}, {"params": [late]}] if own_group else [{"params": [first, late]}]
+    opt = Sassha(groups, lr=0.01, hessian_interval=3, backend=backend)
     due = []
     for t in range(8):
 
         def loss(joined: bool = t >= 2) -> Tensor:
-            return problem.loss() + (late**3).sum() * joined if joined else problem.loss()
+            return (first**3).sum() + (late**3).sum() if joined else (first**3).sum()
 
-        problem.opt.zero_grad()
+        opt.zero_grad()
         loss().backward()
-        problem.opt.perturb()
-        due.append(problem.opt.hessian_due)
+        opt.perturb()
+        due.append(opt.hessian_due)
         backward(loss(), create_graph=due[-1])
-        problem.opt.step()
-        problem.steps += 1
+        opt.step()
     assert due == [True, False, True, True, False, True, True, False]
-    assert problem.opt.state[late]["step"] == 6
-    assert problem.opt.state[problem.params[0]]["step"] == 8
+    counts = [[int(opt.state[param][name]) for name in ("step", "hessian_step")] for param in (first, late)]
+    assert counts == [[8, 7], [6, 4]]
 
 
 @both_backends

@@ -95,7 +95,7 @@ def _save_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> No
 
 def _save_picture(runs: Runs, path: Path) -> None:
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (training, testing, accuracy) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, (training, testing, accuracy) = plt.subplots(1, 3, figsize=(13, 4.8), layout="constrained")
     for name, of_seed in runs.items():
         _draw(training, name, [run.train_losses for run in of_seed])
         _draw(testing, name, [run.test_losses for run in of_seed])
@@ -103,7 +103,9 @@ def _save_picture(runs: Runs, path: Path) -> None:
 
     for axes, title in ((training, "training loss"), (testing, "test loss"), (accuracy, "test accuracy, %")):
         axes.set(xlabel="epoch", title=title)
-        axes.legend(frameon=False, title="at the end", loc="lower right" if axes is accuracy else "upper right")
+        axes.legend(
+            frameon=False, title="at the end", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=9
+        )
     for axes in (training, testing):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
