@@ -7,12 +7,14 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+import sassha_fused.state
 from tests.reference import memory_order, ulp
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -240,6 +242,24 @@ def many(count: int, seed: int = 0) -> list[Spec]:
     generator = torch.Generator().manual_seed(seed)
     sizes = (torch.rand(count, generator=generator) ** 4 * 3000).int().tolist()
     return [Spec((size,), shift=i % 4) for i, size in enumerate(sizes)]
+
+
+class Recorder:
+    """Operators that note the Hessian estimates that reach update_."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.products: dict[Tensor, Tensor] = {}
+        original = sassha_fused.state.operators
+        monkeypatch.setattr(sassha_fused.state, "operators", lambda *arguments: self._wrap(original(*arguments)))
+
+    def _wrap(self, operators: Any) -> Any:
+        def update_(params: list[Tensor], grads: list[Tensor], products: list[Tensor], *rest: Any) -> None:
+            for param, product in zip(params, products, strict=bool(products)):
+                self.products[param] = product.detach().clone()
+            operators.update_(params, grads, products, *rest)
+
+        names = ("grad_norm", "perturb_", "rademacher_", "hutchinson_")
+        return SimpleNamespace(update_=update_, **{name: getattr(operators, name) for name in names})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

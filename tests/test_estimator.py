@@ -2,16 +2,14 @@
 
 import functools
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sassha_fused import Sassha, hvp
-from sassha_fused.state import Bucket, Member, Selection
+from sassha_fused import Sassha
 from tests.backends import BACKENDS, each_backend
-from tests.cases import threads
+from tests.cases import Recorder, threads
 
 SHAPES = ((3,), (), (2, 3))
 SIZE = 10
@@ -77,18 +75,17 @@ def test_mean_of_the_estimate_over_seeds_and_evaluations_is_the_diagonal(backend
 
 
 @each_backend
-@pytest.mark.parametrize("samples", [2, 3])
-def test_mean_of_the_signed_estimate_is_the_diagonal_of_an_indefinite_hessian(backend: str, samples: int) -> None:
-    A, params, estimates = hessian(positive=False), parameters(backend), []
+@pytest.mark.parametrize("hessian_samples", [2, 3])
+def test_mean_of_the_signed_estimate_is_the_diagonal_of_an_indefinite_hessian(
+    backend: str, hessian_samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    A, estimates, recorder = hessian(positive=False), [], Recorder(monkeypatch)
     assert A.diag().min() < 0 < A.diag().max()
-    starts = (0, 3, 4)
-    bucket = Bucket([Member(*pair) for pair in zip(params, starts, strict=True)], [{} for _ in params], backend)
     for seed in range(250):
-        gradients = torch.autograd.grad(loss(params, A), params, create_graph=True)
-        selection = replace(Selection.all_of(bucket, {}), grads=gradients)
-        (found,) = hvp.estimate(hvp.SOURCES["autograd"], [selection], samples, seed, 0)
-        estimates.append(torch.cat([H.flatten() for H in found]).cpu())
-    assert_unbiased_with_the_variance_of_the_formula(torch.stack(estimates), A, samples)
+        params = parameters(backend)
+        Sassha(params, seed=seed, hessian_samples=hessian_samples, backend=backend).step(lambda: loss(params, A))
+        estimates.append(torch.cat([recorder.products[p].flatten() for p in params]).cpu())
+    assert_unbiased_with_the_variance_of_the_formula(torch.stack(estimates), A, hessian_samples)
 
 
 @each_backend

@@ -813,6 +813,7 @@ BAD_ARGUMENTS = [
         ("update_", "exp_avg", FLATS),
         ("update_", "exp_hessian", FLATS),
         ("update_", "steps", (reinterpreted,)),
+        ("update_", "skipped", (reinterpreted,)),
         ("update_", "offsets", LENGTHS),
         ("update_", "rows", (*LENGTHS, beyond)),
     ]

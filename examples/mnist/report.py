@@ -26,7 +26,7 @@ STYLES = {
 
 
 def table(runs: Runs) -> str:
-    header = ("optimizer", "test accuracy", "optimizer, ms/step", "share of step", "whole step, ms", "state memory")
+    header = ("", "test accuracy", "test loss", "optimizer, ms/step", "share of step", "whole step, ms", "state memory")
     rows = [header, *(_row(name, of_seed) for name, of_seed in runs.items())]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
@@ -42,6 +42,7 @@ def _row(name: str, runs: Sequence[Run]) -> tuple[str, ...]:
     return (
         name,
         f"{mean(accuracies):.2f}{spread} %",
+        f"{mean(run.test_losses[-1] for run in runs):.3f}",
         f"{own:.3f}",
         f"{100 * own / whole:.1f} %",
         f"{whole:.1f}",
@@ -94,7 +95,7 @@ def _save_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> No
 
 
 def _save_picture(runs: Runs, path: Path) -> None:
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update({"font.size": 10, "legend.fontsize": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, (training, testing, accuracy) = plt.subplots(1, 3, figsize=(13, 4.8), layout="constrained")
     for name, of_seed in runs.items():
         _draw(training, name, [run.train_losses for run in of_seed])
@@ -103,9 +104,7 @@ def _save_picture(runs: Runs, path: Path) -> None:
 
     for axes, title in ((training, "training loss"), (testing, "test loss"), (accuracy, "test accuracy, %")):
         axes.set(xlabel="epoch", title=title)
-        axes.legend(
-            frameon=False, title="at the end", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=9
-        )
+        axes.legend(title="at the end", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
     for axes in (training, testing):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
