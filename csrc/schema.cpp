@@ -8,8 +8,8 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sassha_fused, m) {
-  // ||g||, or || |w| . g || if adaptive: a 0-d float64 tensor; non-finite where any element is. params may be left empty
-  // where not adaptive; where given, gradients that do not fit them are refused.
+  // ||g||, or || |w| . g || if adaptive: a 0-d float64 tensor; non-finite where any element is. params may be left
+  // empty where not adaptive; where given, gradients that do not fit them are refused.
   m.def("grad_norm(Tensor[] grads, Tensor[] params, bool adaptive) -> Tensor");
 
   // backup <- w;  w <- w + eps*,  eps* = rho g / (norm + 1e-12), times w^2 if adaptive, negated if maximize.
