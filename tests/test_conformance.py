@@ -212,6 +212,7 @@ def test_float64_trajectory_is_that_of_the_reference(backend: str, options: dict
         {"rho": 0.0, "weight_decay": 0.0},
         {"rho": 1.0, "lr": 0.5, "seed": (1 << 63) - 1},
         {"lr": 0.0, "weight_decay": 0.3},
+        {"lr": torch.tensor(0.05, dtype=torch.float64)},
     ],
     ids=str,
 )
