@@ -154,18 +154,20 @@ def update_(
         hessian_step = counts[1]
         if products:
             hessian_step = step if step_correction else hessian_step + 1
-        step_size = (rate / (1 - torch.pow(beta1, step.double()))).to(dtype)
-        correction = (1 / (1 - torch.pow(beta2, hessian_step.double()))).to(dtype)
-        decay = (1 - rate * weight_decay).to(dtype)
+        step_size = rate / (1 - torch.pow(beta1, step.double()))
+        correction = 1 / (1 - torch.pow(beta2, hessian_step.double()))
+        decay = 1 - rate * weight_decay
 
         average, hessian, old = (view_of(flat, offset, w) for flat in (exp_avg, exp_hessian, backup))
         gradient_weight = -(1 - beta1) if maximize else 1 - beta1
-        new_average = average * beta1 + g.to(dtype) * gradient_weight
+        new_average = (average.double() * beta1 + g.double() * gradient_weight).to(dtype)
         new_hessian = hessian
         if products:
-            new_hessian = hessian * beta2 + products[i].to(dtype).abs() * (1 - beta2)
-        denominator = _raise(new_hessian * correction, hessian_power) + eps
-        new = old.to(dtype) * decay - step_size * (new_average / denominator)
+            new_hessian = (hessian.double() * beta2 + products[i].double().abs() * (1 - beta2)).to(dtype)
+        root = _raise((new_hessian.double() * correction).to(dtype), hessian_power)
+        denominator = (root.double() + eps).to(dtype)
+        direction = (new_average / denominator).double()
+        new = (old.double() * decay - step_size * direction).to(dtype)
 
         w.copy_(torch.where(finite, new.to(w.dtype), old))
         average.copy_(torch.where(finite, new_average, average))

@@ -24,10 +24,9 @@ bool all_finite(const std::vector<Tensor>& guards) {
 }
 
 // Advances the counts of every row, and works out its scalars; neighbours mostly share them.
-template <class T>
-std::vector<UpdateScalars<T>> advance(int64_t* steps, const std::vector<int64_t>& rows, bool hessian_step,
-                                      bool step_correction, const Hyperparameters& hyperparameters) {
-  std::vector<UpdateScalars<T>> scalars;
+std::vector<UpdateScalars> advance(int64_t* steps, const std::vector<int64_t>& rows, bool hessian_step,
+                                   bool step_correction, const Hyperparameters& hyperparameters) {
+  std::vector<UpdateScalars> scalars;
   scalars.reserve(rows.size());
   int64_t last_step = -1, last_hessian_step = -1;
   for (const int64_t row : rows) {
@@ -36,7 +35,7 @@ std::vector<UpdateScalars<T>> advance(int64_t* steps, const std::vector<int64_t>
     ++step;
     if (hessian_step) exponent = step_correction ? step : exponent + 1;
     const bool same = step == last_step && exponent == last_hessian_step;
-    scalars.push_back(same ? scalars.back() : update_scalars<T>(hyperparameters, step, exponent));
+    scalars.push_back(same ? scalars.back() : update_scalars(hyperparameters, step, exponent));
     last_step = step;
     last_hessian_step = exponent;
   }
@@ -45,7 +44,7 @@ std::vector<UpdateScalars<T>> advance(int64_t* steps, const std::vector<int64_t>
 
 template <class T, Power kPower, bool kHessianStep>
 SASSHA_CLONES void update_tile(const T* w, const T* g, const T* product, T* exp_avg, T* exp_hessian, T* result,
-                               int64_t n, UpdateScalars<T> s) {
+                               int64_t n, UpdateScalars s) {
   for (int64_t i = 0; i < n; ++i) {
     exp_avg[i] = averaged_gradient(exp_avg[i], g[i], s);
     if (kHessianStep) exp_hessian[i] = averaged_hessian(exp_hessian[i], product[i], s);
@@ -54,7 +53,7 @@ SASSHA_CLONES void update_tile(const T* w, const T* g, const T* product, T* exp_
 }
 
 template <class T>
-using UpdateTile = void (*)(const T*, const T*, const T*, T*, T*, T*, int64_t, UpdateScalars<T>);
+using UpdateTile = void (*)(const T*, const T*, const T*, T*, T*, T*, int64_t, UpdateScalars);
 
 template <class T, bool kHessianStep>
 UpdateTile<T> update_tile_for(Power power) {
@@ -80,7 +79,7 @@ struct UpdateRange {
   T* exp_avg;
   T* exp_hessian;
 
-  void run(int64_t n, UpdateTile<T> update, const UpdateScalars<T>& scalars, bool streaming) const {
+  void run(int64_t n, UpdateTile<T> update, const UpdateScalars& scalars, bool streaming) const {
     for_each_tile(n, [&](int64_t start, int64_t length) {
       T w_tile[kTile], g_tile[kTile], product_tile[kTile];
       prefetch_tile(g, start, n);
@@ -124,6 +123,7 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
     check_dtype(exp_avg, state, "exp_avg");
     check_dtype(exp_hessian, state, "exp_hessian");
     check_dtype(steps, ScalarType::Long, "steps");
+    check_dtype(skipped, ScalarType::Long, "skipped");
   }
   const bool finite = all_finite(guards);
   *static_cast<int64_t*>(skipped.mutable_data_ptr()) = finite ? 0 : 1;
@@ -142,8 +142,8 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
     }
     const Hyperparameters hyperparameters{
         lr_tensor ? scalar(*lr_tensor) : lr, beta1, beta2, eps, weight_decay, hessian_power, maximize};
-    const auto scalars = advance<T>(static_cast<int64_t*>(steps.mutable_data_ptr()), rows, hessian_step,
-                                    step_correction, hyperparameters);
+    const auto scalars =
+        advance(static_cast<int64_t*>(steps.mutable_data_ptr()), rows, hessian_step, step_correction, hyperparameters);
     const auto update = hessian_step ? update_tile_for<T, true>(power_of(hessian_power))
                                      : update_tile_for<T, false>(power_of(hessian_power));
     const bool means = hessian_step && products.dtype() != params.dtype();

@@ -41,16 +41,15 @@ SASSHA_HOST_DEVICE T raise(T x, double power) {
 }
 
 // What stays the same over one parameter's elements in one step.
-template <class T>
 struct UpdateScalars {
-  T decay;      // 1 - lr weight_decay
-  T step_size;  // lr / c1
-  T beta1;
-  T gradient_weight;  // 1 - beta1, negative where the objective is maximised
-  T beta2;
-  T hessian_weight;      // 1 - beta2
-  T hessian_correction;  // 1 / c2
-  T eps;
+  double decay;      // 1 - lr weight_decay
+  double step_size;  // lr / c1
+  double beta1;
+  double gradient_weight;  // 1 - beta1, negative where the objective is maximised
+  double beta2;
+  double hessian_weight;      // 1 - beta2
+  double hessian_correction;  // 1 / c2
+  double eps;
   double power;
 };
 
@@ -60,45 +59,48 @@ struct Hyperparameters {
 };
 
 // c1 = 1 - beta1^step, c2 = 1 - beta2^hessian_step: both counts include the step being taken.
-template <class T>
-SASSHA_HOST_DEVICE UpdateScalars<T> update_scalars(const Hyperparameters& h, int64_t step, int64_t hessian_step) {
+SASSHA_HOST_DEVICE UpdateScalars update_scalars(const Hyperparameters& h, int64_t step, int64_t hessian_step) {
   const double correction1 = 1.0 - std::pow(h.beta1, static_cast<double>(step));
   const double correction2 = 1.0 - std::pow(h.beta2, static_cast<double>(hessian_step));
   return {
-      static_cast<T>(1.0 - h.lr * h.weight_decay),
-      static_cast<T>(h.lr / correction1),
-      static_cast<T>(h.beta1),
-      static_cast<T>(h.maximize ? -(1.0 - h.beta1) : 1.0 - h.beta1),
-      static_cast<T>(h.beta2),
-      static_cast<T>(1.0 - h.beta2),
-      static_cast<T>(1.0 / correction2),
-      static_cast<T>(h.eps),
+      1.0 - h.lr * h.weight_decay,
+      h.lr / correction1,
+      h.beta1,
+      h.maximize ? -(1.0 - h.beta1) : 1.0 - h.beta1,
+      h.beta2,
+      1.0 - h.beta2,
+      1.0 / correction2,
+      h.eps,
       h.hessian_power,
   };
 }
 
+// Sums and products go through double and are rounded to T once: in float they would add up to more than 4 ulp.
 template <class T>
-SASSHA_HOST_DEVICE T average(T mean, T beta, T x, T weight) {
-  return beta * mean + weight * x;
+SASSHA_HOST_DEVICE T average(T mean, double beta, T x, double weight) {
+  return static_cast<T>(beta * static_cast<double>(mean) + weight * static_cast<double>(x));
 }
 
 // D <- beta2 D + (1 - beta2) |H|
 template <class T>
-SASSHA_HOST_DEVICE T averaged_hessian(T exp_hessian, T hessian, const UpdateScalars<T>& s) {
+SASSHA_HOST_DEVICE T averaged_hessian(T exp_hessian, T hessian, const UpdateScalars& s) {
   return average(exp_hessian, s.beta2, std::fabs(hessian), s.hessian_weight);
 }
 
 // m <- beta1 m + (1 - beta1) g~
 template <class T>
-SASSHA_HOST_DEVICE T averaged_gradient(T exp_avg, T gradient, const UpdateScalars<T>& s) {
+SASSHA_HOST_DEVICE T averaged_gradient(T exp_avg, T gradient, const UpdateScalars& s) {
   return average(exp_avg, s.beta1, gradient, s.gradient_weight);
 }
 
-// w (1 - lr weight_decay) - (lr / c1) m / ((D / c2)^power + eps)
+// w (1 - lr weight_decay) - (lr / c1) m / ((D / c2)^power + eps); the root and the division, slow in double, in T.
 template <class T, Power kPower>
-SASSHA_HOST_DEVICE T updated(T w, T exp_avg, T exp_hessian, const UpdateScalars<T>& s) {
-  const T denominator = raise<T, kPower>(exp_hessian * s.hessian_correction, s.power) + s.eps;
-  return w * s.decay - s.step_size * (exp_avg / denominator);
+SASSHA_HOST_DEVICE T updated(T w, T exp_avg, T exp_hessian, const UpdateScalars& s) {
+  const T corrected = static_cast<T>(static_cast<double>(exp_hessian) * s.hessian_correction);
+  const T root = raise<T, kPower>(corrected, s.power);
+  const T denominator = static_cast<T>(static_cast<double>(root) + s.eps);
+  const T direction = exp_avg / denominator;
+  return static_cast<T>(static_cast<double>(w) * s.decay - s.step_size * static_cast<double>(direction));
 }
 
 }  // namespace sassha
