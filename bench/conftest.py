@@ -27,17 +27,17 @@ def report(pytestconfig: pytest.Config) -> Report:
 
 @pytest.fixture(scope="session")
 def progress(pytestconfig: pytest.Config):
-    """progress(title, seconds) as a context gives a function that takes the seconds passed."""
+    """progress(title) as a context gives a function that takes the part done, 0 to 1."""
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
 
     @contextmanager
-    def bar(title: str, seconds: float) -> Iterator[Callable[[float], None]]:
+    def bar(title: str) -> Iterator[Callable[[float], None]]:
         layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}"
         pause = 1 if sys.stderr.isatty() else 20
         with (
             capture.global_and_fixture_disabled(),
-            tqdm(desc=title, total=seconds, bar_format=layout, mininterval=pause) as shown,
+            tqdm(desc=title, total=1, bar_format=layout, mininterval=pause) as shown,
         ):
-            yield lambda now: shown.update(min(now, seconds) - shown.n)
+            yield lambda done: shown.update(done - shown.n)
 
     return bar

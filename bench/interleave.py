@@ -9,7 +9,7 @@ from typing import Protocol
 Samples = dict[tuple[str, str], list[float]]
 
 WARM_UP_ROUNDS = 1
-MIN_ROUNDS = 7
+MIN_ROUNDS = 5
 
 
 class Contender(Protocol):
@@ -20,21 +20,23 @@ class Contender(Protocol):
 
 
 def interleaved(contenders: Sequence[Contender], seconds: float, progress: Callable[[float], None]) -> Samples:
-    """Rounds over all contenders, each round starting with another one, for about `seconds`."""
+    """Rounds over all contenders, each starting with another one, for `seconds`; `progress` gets the part done."""
     samples: Samples = defaultdict(list)
     gc.collect()
     gc.disable()
     try:
         start = time.perf_counter()
         rounds = 0
-        while rounds < WARM_UP_ROUNDS + MIN_ROUNDS or time.perf_counter() - start < seconds:
+        done = 0.0
+        while done < 1:
             first = rounds % len(contenders)
             for contender in (*contenders[first:], *contenders[:first]):
                 for kind, taken in contender.round().items():
                     if rounds >= WARM_UP_ROUNDS:
                         samples[kind, contender.name].append(taken)
             rounds += 1
-            progress(time.perf_counter() - start)
+            done = min((time.perf_counter() - start) / seconds, rounds / (WARM_UP_ROUNDS + MIN_ROUNDS))
+            progress(min(done, 1))
     finally:
         gc.enable()
     return dict(samples)

@@ -16,8 +16,8 @@ def measured(request, progress, report):
     tensors = request.param
     problem = Problem(((8,),) * tensors)
     contenders = [sassha(problem, "cpu"), adamw(problem, fused=True), adamw(problem, foreach=True)]
-    with progress(f"{tensors} small tensors", SECONDS) as passed:
-        samples = interleaved(contenders, SECONDS, passed)
+    with progress(f"{tensors} small tensors") as done:
+        samples = interleaved(contenders, SECONDS, done)
     typical = {name: median(samples[LAZY, name]) for name in CONTENDERS}
     rows = [("", "us", "us/tensor", "this / AdamW fused")]
     for name, seconds in typical.items():

@@ -51,8 +51,8 @@ def measured(request, progress, report) -> tuple[str, Samples]:
         adamw(problem, foreach=True),
         sgd(problem),
     ]
-    with progress(f"{model}, optimizer step", SECONDS[model]) as passed:
-        samples = interleaved(contenders, SECONDS[model], passed)
+    with progress(f"{model}, optimizer step") as done:
+        samples = interleaved(contenders, SECONDS[model], done)
     describe(report, model, problem.count, samples)
     return model, samples
 

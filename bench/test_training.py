@@ -52,8 +52,8 @@ class Training:
 def measured(request, progress, report):
     model = request.param
     contenders = [Training("sassha cpu", model), Training("SGD momentum", model)]
-    with progress(f"{model}, whole step", SECONDS) as passed:
-        samples = interleaved(contenders, SECONDS, passed)
+    with progress(f"{model}, whole step") as done:
+        samples = interleaved(contenders, SECONDS, done)
     ours, sgd = (median(samples[KIND, contender.name]) for contender in contenders)
     rows = [("", "ms", "this / SGD"), ("sassha cpu", f"{1e3 * ours:.2f}", f"{ours / sgd:.2f}")]
     rows += [("SGD momentum", f"{1e3 * sgd:.2f}", "1.00")]
