@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -107,6 +107,14 @@ STYLES: dict[str, Callable[[Sassha, Callable[[], Tensor]], Tensor]] = {
     "standard": standard_style,
     "phase": phase_style,
 }
+
+
+def single_threaded() -> Iterator[None]:
+    """Body of a fixture: threads of torch's own cost more than they save in small tests on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def assert_same(actual: Any, expected: Any, where: str = "") -> None:

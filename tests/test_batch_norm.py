@@ -1,26 +1,18 @@
 """Defect 14: running statistics follow the first pass of each step, and only that."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sassha_fused import Sassha, running_stats_once
-from tests.helpers import BACKENDS, STYLES, assert_same, backward
+from tests.helpers import BACKENDS, STYLES, assert_same, backward, single_threaded
 
+one_thread = pytest.fixture(autouse=True)(single_threaded)
 all_styles = pytest.mark.parametrize("style", STYLES)
 INPUTS = torch.randn(8, 6, 3, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Torch's batch norm waits for all its threads even here, which is slow on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network(norm: Callable[[int], nn.Module] = nn.BatchNorm1d) -> nn.Module:

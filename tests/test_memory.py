@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from sassha_fused import Sassha, hvp
-from tests.helpers import BACKENDS, STYLES, Problem, backward
+from tests.helpers import BACKENDS, STYLES, Problem, backward, single_threaded
 
+one_thread = pytest.fixture(autouse=True)(single_threaded)
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 all_styles = pytest.mark.parametrize("style", STYLES)
 HESSIAN_AND_LAZY = pytest.mark.parametrize("steps", [0, 1], ids=["Hessian step", "lazy step"])

@@ -12,9 +12,20 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from sassha_fused import Sassha
-from tests.helpers import BACKENDS, STYLES, Problem, assert_differ, assert_same, backward, undisturbed, weights
+from tests.helpers import (
+    BACKENDS,
+    STYLES,
+    Problem,
+    assert_differ,
+    assert_same,
+    backward,
+    single_threaded,
+    undisturbed,
+    weights,
+)
 from tests.reference import signs
 
+one_thread = pytest.fixture(autouse=True)(single_threaded)
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 all_styles = pytest.mark.parametrize("style", STYLES)
 OPTIONS: dict[str, dict[str, Any]] = {
