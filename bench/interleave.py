@@ -4,6 +4,7 @@ import gc
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from statistics import quantiles
 from typing import Protocol
 
 Samples = dict[tuple[str, str], list[float]]
@@ -40,6 +41,12 @@ def interleaved(contenders: Sequence[Contender], seconds: float, progress: Calla
     finally:
         gc.enable()
     return dict(samples)
+
+
+def spread(samples: Sequence[float]) -> str:
+    """Width of the middle half of the samples over their median; large where the machine was not quiet."""
+    first, middle, third = quantiles(samples, n=4)
+    return f"{100 * (third - first) / middle:.0f} %"
 
 
 _replayed = 0.0

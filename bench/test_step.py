@@ -18,7 +18,7 @@ from bench.budgets import (
     SGD_BYTES,
 )
 from bench.contenders import HESSIAN, LAZY, Problem, adamw, per_tensor_loop, sassha, sgd
-from bench.interleave import Samples, interleaved, replay, replayed_seconds
+from bench.interleave import Samples, interleaved, replay, replayed_seconds, spread
 from bench.report import Report
 from bench.shapes import MODELS
 
@@ -62,7 +62,9 @@ def describe(report: Report, model: str, parameters: int, samples: Samples) -> N
     adamw_fused = typical[LAZY, "AdamW fused"]
     for kind in (LAZY, HESSIAN):
         loop = typical[kind, "per-tensor loop"]
-        rows = [("", "ms", "loop / this", "AdamW fused / this", "bytes/parameter", "GB/s", "moved", "GB/s moved")]
+        rows = [
+            ("", "ms", "spread", "loop / this", "AdamW fused / this", "bytes/parameter", "GB/s", "moved", "GB/s moved")
+        ]
         for name in (*SASSHA, *OTHERS):
             if (kind, name) not in typical:
                 continue
@@ -72,6 +74,7 @@ def describe(report: Report, model: str, parameters: int, samples: Samples) -> N
                 (
                     name,
                     f"{1e3 * seconds:.3f}",
+                    spread(samples[kind, name]),
                     f"{loop / seconds:.2f}",
                     f"{adamw_fused / seconds:.2f}",
                     str(BYTES[kind, name]),
@@ -80,6 +83,7 @@ def describe(report: Report, model: str, parameters: int, samples: Samples) -> N
                     f"{moved * parameters / seconds / 1e9:.1f}" if moved else "",
                 )
             )
+        # bytes that one fused step cannot avoid, and beside them those that the kernels move
         title = f"{model} ({parameters / 1e6:.2f} M parameters, {len(MODELS[model])} tensors), {kind}, medians"
         report.table(f"{title} of {len(samples[kind, 'sassha cpu'])} rounds", rows)
 
