@@ -10,7 +10,8 @@ namespace sassha::cpu {
 namespace {
 
 template <class T>
-SASSHA_CLONES void accumulate_tile(const T* signs, const T* product, T* estimate, int64_t n, bool first, T samples) {
+SASSHA_CLONES void accumulate_tile(const T* __restrict signs, const T* __restrict product, T* __restrict estimate,
+                                   int64_t n, bool first, T samples) {
   if (first) {
     for (int64_t i = 0; i < n; ++i) estimate[i] = signs[i] * product[i];
   } else {
@@ -37,10 +38,11 @@ void hutchinson_(StableListHandle product_list, Tensor estimate, std::vector<int
     using T = Compute<P>;
     T* estimates = static_cast<T*>(estimate.mutable_data_ptr());
     ElementRanges(products).for_each([&](int64_t i, int64_t begin, int64_t end) {
+      SignReader<T> reader(stream);
       for_each_tile(end - begin, [&](int64_t start, int64_t n) {
         T signs[kTile], tile[kTile];
         const int64_t element = begin + start;
-        fill_signs(stream, indices[i] + element, signs, n);
+        reader.read(indices[i] + element, signs, n);
         const T* product = load(products.data<P>(i) + element, tile, n);
         accumulate_tile<T>(signs, product, estimates + offsets[i] + element, n, first, divisor);
       });

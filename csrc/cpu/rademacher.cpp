@@ -19,9 +19,10 @@ void rademacher_(StableListHandle sign_list, std::vector<int64_t> indices, int64
   with_dtype(signs.dtype(), [&](auto zero) {
     using P = decltype(zero);
     ranges.for_each([&](int64_t i, int64_t begin, int64_t end) {
+      SignReader<Compute<P>> reader(stream);
       for_each_tile(end - begin, [&](int64_t start, int64_t n) {
         with_result(signs.data<P>(i) + begin + start, n, ranges.streaming<P>(),
-                    [&](Compute<P>* tile) { fill_signs(stream, indices[i] + begin + start, tile, n); });
+                    [&](Compute<P>* tile) { reader.read(indices[i] + begin + start, tile, n); });
       });
     });
   });

@@ -48,10 +48,10 @@ SASSHA_HOST_DEVICE SignBlock sign_block(const SignStream& stream, int64_t block)
   return philox4x32_10(counter, static_cast<uint32_t>(stream.seed), static_cast<uint32_t>(stream.seed >> 32));
 }
 
-// The sign of the element at `position` (0 to 127) of a block.
+// The sign that a bit of a word stands for.
 template <class T>
-SASSHA_HOST_DEVICE T sign_at(const SignBlock& block, int position) {
-  return (block.word[position >> 5] >> (position & 31)) & 1u ? T(1) : T(-1);
+SASSHA_HOST_DEVICE T sign_of(uint32_t word, int bit) {
+  return (word >> bit) & 1u ? T(1) : T(-1);
 }
 
 }  // namespace sassha
