@@ -12,7 +12,7 @@
 
 namespace sassha::cpu {
 
-constexpr int64_t kTile = 256;
+constexpr int64_t kTile = 64;
 
 template <class P>
 struct ComputeType {
@@ -76,7 +76,7 @@ void with_result(P* destination, int64_t n, bool streaming, const Fill& compute)
 // Reads ahead: the tile after the next one, of an array of n elements whose tile at start is at work.
 template <class P>
 void prefetch_tile(const P* array, int64_t start, int64_t n) {
-  const int64_t ahead = start + 2 * kTile;
+  const int64_t ahead = start + 4 * kTile;
   if (ahead < n) prefetch(array + ahead, std::min(kTile, n - ahead) * static_cast<int64_t>(sizeof(P)));
 }
 
