@@ -12,10 +12,11 @@ STABLE_TORCH_LIBRARY(sassha_fused, m) {
   // empty where not adaptive; where given, gradients that do not fit them are refused.
   m.def("grad_norm(Tensor[] grads, Tensor[] params, bool adaptive) -> Tensor");
 
-  // backup <- w;  w <- w + eps*,  eps* = rho g / (norm + 1e-12), times w^2 if adaptive, negated if maximize.
+  // backup <- w;  w <- w + eps*,  eps* = rho g / (norm + 1e-12), times w^2 if adaptive, negated if maximize. norm is a
+  // 0-d float64 tensor: that of all gradients, or if measure that of grads, which is worked out first and put there.
   m.def(
-      "perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) backup, int[] offsets, Tensor norm, float rho, "
-      "bool adaptive, bool maximize) -> ()");
+      "perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) backup, int[] offsets, Tensor(c!) norm, bool measure, "
+      "float rho, bool adaptive, bool maximize) -> ()");
 
   // signs <- the independent +-1 of Hessian evaluation `evaluation`, sample `sample` (csrc/math/philox.h).
   m.def("rademacher_(Tensor(a!)[] signs, int[] indices, int seed, int evaluation, int sample) -> ()");
@@ -27,10 +28,12 @@ STABLE_TORCH_LIBRARY(sassha_fused, m) {
       "int sample, int samples) -> ()");
 
   // One step from w = backup (csrc/math/sassha.h). products, if any, are this step's Hessian estimates. Where any of
-  // the scalars in guards is not finite: params <- backup, skipped <- 1, and nothing else is written.
+  // the scalars in guards, or if guard_grads any element of grads or products, is not finite: params <- backup,
+  // skipped <- 1, and nothing else is written.
   m.def(
       "update_(Tensor(a!)[] params, Tensor[] grads, Tensor[] products, Tensor backup, Tensor(b!) exp_avg, "
       "Tensor(c!) exp_hessian, Tensor(d!) steps, Tensor(e!) skipped, int[] offsets, int[] rows, Tensor[] guards, "
-      "Tensor? lr_tensor, float lr, float beta1, float beta2, float eps, float weight_decay, float hessian_power, "
+      "bool guard_grads, Tensor? lr_tensor, float lr, float beta1, float beta2, float eps, float weight_decay, float "
+      "hessian_power, "
       "bool step_correction, bool maximize) -> ()");
 }

@@ -37,12 +37,18 @@ def perturb_(
     backup: Tensor,
     offsets: Sequence[int],
     norm: Tensor,
+    measure: bool,
     rho: float,
     adaptive: bool,
     maximize: bool,
 ) -> None:
-    r"""backup <- w; :math:`w \leftarrow w + \rho g / (N + 10^{-12})`, times :math:`w^2` if adaptive."""
+    r"""backup <- w; :math:`w \leftarrow w + \rho g / (N + 10^{-12})`, times :math:`w^2` if adaptive.
+
+    N is in norm, or if measure it is that of grads, and put there.
+    """
     check_gradients(params, grads)
+    if measure:
+        norm.copy_(grad_norm(grads, params, adaptive))
     factor = torch.full_like(norm, -rho if maximize else rho) / (norm + 1e-12)
     results, backups = [], [view_of(backup, offset, w) for w, offset in zip(params, offsets, strict=True)]
     for w, g in zip(params, grads, strict=True):
@@ -126,6 +132,7 @@ def update_(
     offsets: Sequence[int],
     rows: Sequence[int],
     guards: Sequence[Tensor],
+    guard_grads: bool,
     lr_tensor: Tensor | None,
     lr: float,
     beta1: float,
@@ -138,12 +145,16 @@ def update_(
 ) -> None:
     r"""One step from :math:`w` = backup; D only where products are given; nothing where a guard is not finite.
 
+    If guard_grads, all elements of grads and products are guards too.
+
     .. math::
         D \leftarrow \beta_2 D + (1 - \beta_2) |H|, \quad
         m \leftarrow \beta_1 m + (1 - \beta_1) \tilde g, \quad
         w \leftarrow w (1 - \eta\lambda) - \frac{\eta}{c_1} \frac{m}{(D / c_2)^\alpha + \epsilon}
     """
     check_gradients(params, grads)
+    if guard_grads:
+        guards = [*guards, *(grad_norm(tensors, (), False) for tensors in (grads, products) if tensors)]
     finite = torch.stack([torch.isfinite(guard) for guard in guards]).all()
     skipped.copy_(~finite)
     rate = exp_avg.new_full((), lr, dtype=torch.float64) if lr_tensor is None else lr_tensor.double().reshape(())
@@ -165,7 +176,7 @@ def update_(
         if products:
             new_hessian = (hessian.double() * beta2 + products[i].double().abs() * (1 - beta2)).to(dtype)
         root = _raise((new_hessian.double() * correction).to(dtype), hessian_power)
-        denominator = (root.double() + eps).to(dtype)
+        denominator = root + torch.tensor(eps, dtype=dtype, device=root.device)
         direction = (new_average / denominator).double()
         new = (old.double() * decay - step_size * direction).to(dtype)
 

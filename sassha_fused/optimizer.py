@@ -6,9 +6,9 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ _REQUIRES_GRAD = attrgetter("requires_grad")
 
 # One value for all groups: they belong to the random stream, which the parameters share.
 _SHARED = ("hessian_samples", "seed")
+
+_Result = TypeVar("_Result")
 
 # A selection, and its Hessian estimates where this is a Hessian step for it.
 Part = tuple[Selection, Sequence[Tensor]]
@@ -203,23 +205,7 @@ class Sassha(Optimizer):
             raise ValueError("perturb() called twice: call step(), or restore() to give the step up")
         self._settle()
         self._close()
-        selections, norm = self._gather()
-        due = any(selection.due() for selection in selections)
-        if due:
-            self._watch_for_graph()
-        self._perturbation = _Perturbation([], norm, due)
-        try:
-            with uninterrupted(), _explained(selections):
-                for selection in selections:
-                    self._perturb(selection, norm)
-                    self._perturbation.selections.append(selection)
-        except BaseException:
-            self._give_up()
-            raise
-        for selection in selections:
-            selection.grads = ()
-            for param in selection.params:
-                param.grad = None
+        self._with_selections(self._perturb_all)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -233,7 +219,7 @@ class Sassha(Optimizer):
         parts: list[Part] = []
         try:
             selections = self._participants(perturbation)
-            if selections and self._may_measure(selections):
+            if self._may_measure(selections) or not any(selection.due() for selection in selections):
                 parts = self._measure(selections)
         finally:
             with uninterrupted():
@@ -311,7 +297,7 @@ class Sassha(Optimizer):
         self._settle()
         perturbation = self._perturbation
         if perturbation is None:
-            selections, norm = self._gather()
+            selections, norm = self._with_selections(lambda chosen: (chosen, self._norm(chosen)))
             self._refuse_used_gradients(selections)
             parts = self._measure(selections)
         else:
@@ -326,9 +312,12 @@ class Sassha(Optimizer):
         # A closure that runs backward itself may return a loss of any dtype.
         guards = [norm]
         guards += [(loss if loss.dtype in DTYPES else loss.double()).reshape(()) for loss in losses]
-        if perturbation is not None:
-            guards.append(self._norm([selection for selection, _ in parts]))
-        guards += [selection.bucket.operators.grad_norm(found, (), False) for selection, found in parts if found]
+        # Of several parts none may be written before all are known to be finite; one alone, update_ itself looks at.
+        alone = len(parts) == 1
+        if not alone:
+            if perturbation is not None:
+                guards.append(self._norm([selection for selection, _ in parts]))
+            guards += [selection.bucket.operators.grad_norm(found, (), False) for selection, found in parts if found]
         with uninterrupted(), _explained([selection for selection, _ in parts]):
             if perturbation is None or not perturbation.active:
                 for selection, _ in parts:
@@ -336,15 +325,38 @@ class Sassha(Optimizer):
             else:
                 self._put_back_bystanders(perturbation, parts)
             for selection, products in parts:
-                self._update(selection, products, guards)
-            taken = [replace(selection, grads=()) for selection, _ in parts]
+                self._update(selection, products, guards, guard_grads=alone)
+            taken = [selection.with_these(()) for selection, _ in parts]
             self._verdict = _Verdict(taken[0].bucket.skipped, taken, any(products for _, products in parts))
             self._close()
         if perturbation is not None:
             first = parts[0][0].grads[0]
             self._used = (weakref.ref(first), first._version)
 
-    def _perturb(self, selection: Selection, norm: Tensor) -> None:
+    def _perturb_all(self, selections: list[Selection]) -> None:
+        alone = len(selections) == 1
+        if alone:
+            norm = torch.empty((), dtype=torch.float64, device=selections[0].bucket.device)
+        else:
+            norm = self._norm(selections)
+        due = any(selection.due() for selection in selections)
+        if due:
+            self._watch_for_graph()
+        self._perturbation = _Perturbation([], norm, due)
+        try:
+            with uninterrupted(), _explained(selections):
+                for selection in selections:
+                    self._perturb(selection, norm, measure=alone)
+                    self._perturbation.selections.append(selection)
+        except BaseException:
+            self._give_up()
+            raise
+        for selection in selections:
+            selection.grads = ()
+            for param in selection.params:
+                param.grad = None
+
+    def _perturb(self, selection: Selection, norm: Tensor, measure: bool) -> None:
         group, bucket = selection.group, selection.bucket
         bucket.operators.perturb_(
             selection.params,
@@ -352,13 +364,16 @@ class Sassha(Optimizer):
             bucket.backup,
             selection.offsets,
             norm.to(bucket.device, non_blocking=True),
+            measure,
             group["rho"],
             group["adaptive"],
             group["maximize"],
         )
         selection.wrote_params()
 
-    def _update(self, selection: Selection, products: Sequence[Tensor], guards: Sequence[Tensor]) -> None:
+    def _update(
+        self, selection: Selection, products: Sequence[Tensor], guards: Sequence[Tensor], guard_grads: bool
+    ) -> None:
         group, bucket, lr = selection.group, selection.bucket, selection.group["lr"]
         is_tensor = isinstance(lr, Tensor)
         bucket.operators.update_(
@@ -373,6 +388,7 @@ class Sassha(Optimizer):
             selection.offsets,
             selection.rows,
             [guard.to(bucket.device, non_blocking=True) for guard in guards],
+            guard_grads,
             lr.to(bucket.device, non_blocking=True) if is_tensor else None,
             0.0 if is_tensor else lr,
             *group["betas"],
@@ -386,18 +402,17 @@ class Sassha(Optimizer):
 
     # ---------------------------------------------------------------- parts of a pass
 
-    def _gather(self) -> tuple[list[Selection], Tensor]:
-        """The parameters that have a gradient, and the norm of it all."""
+    def _with_selections(self, act: Callable[[list[Selection]], _Result]) -> _Result:
+        """What act makes of the parameters that have a gradient."""
         selections = self._buckets.select(self.param_groups, self.state)
         try:
-            return selections, self._norm(selections)
+            return act(selections)
         except (RuntimeError, TypeError, ValueError):
             if self._buckets.are_current():
                 raise
         # A part of the model has moved to another device or dtype, and its state moves along.
         self._buckets.stale = True
-        selections = self._buckets.select(self.param_groups, self.state)
-        return selections, self._norm(selections)
+        return act(self._buckets.select(self.param_groups, self.state))
 
     def _participants(self, perturbation: _Perturbation) -> list[Selection]:
         """Those perturbed parameters that have a gradient in the second pass too."""
@@ -406,7 +421,7 @@ class Sassha(Optimizer):
 
     def _norm(self, selections: Sequence[Selection]) -> Tensor:
         """The norm of the gradients over all selections, a 0-d float64 tensor."""
-        # The pass that follows checks a single selection itself; of several, all are checked before one is written.
+        # A pass over a single selection checks it itself; of several, all are checked before one is written.
         several = len(selections) > 1
         with _explained(selections):
             norms = [
@@ -424,25 +439,24 @@ class Sassha(Optimizer):
         return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
     def _may_measure(self, selections: Sequence[Selection]) -> bool:
-        """Whether nothing is due, or what is needed to take the products is there."""
-        if not any(selection.due() for selection in selections):
-            return True
-        if not hessian_products.SOURCES[self._hvp].needs_graph:
-            return True
-        return (self._watch is not None and self._watch.built) or any(
-            grad.requires_grad for selection in selections for grad in selection.grads
+        """Whether what is needed to take Hessian products is there."""
+        return (
+            not hessian_products.SOURCES[self._hvp].needs_graph
+            or (self._watch is not None and self._watch.built)
+            or any(grad.requires_grad for selection in selections for grad in selection.grads)
         )
 
     def _measure(self, selections: Sequence[Selection]) -> list[Part]:
         """Splits the selections into those due, with their Hessian estimates, and the others; frees the graphs."""
-        if not self._may_measure(selections):
-            raise ValueError(hessian_products.NO_GRAPH)
         due, lazy = [], []
         for selection in selections:
             positions = selection.due()
-            others = [i for i in range(len(selection.params)) if i not in set(positions)] if positions else None
-            due += [selection.at(positions)] if positions else []
-            lazy += [selection] if others is None else [selection.at(others)] if others else []
+            if positions:
+                due.append(selection.at(positions))
+            if len(positions) < len(selection.params):
+                lazy.append(selection.but(positions))
+        if due and not self._may_measure(selections):
+            raise ValueError(hessian_products.NO_GRAPH)
         estimates: list[list[Tensor]] = []
         if due:
             first = self.param_groups[0]
@@ -451,7 +465,7 @@ class Sassha(Optimizer):
                 estimates = hessian_products.estimate(
                     source, due, first["hessian_samples"], first["seed"], self._evaluations
                 )
-        if due or any(map(_REQUIRES_GRAD, (grad for selection in lazy for grad in selection.grads))):
+        if due or any(any(map(_REQUIRES_GRAD, selection.grads)) for selection in lazy):
             self._detach_gradients([*due, *lazy])
         return [*zip(due, estimates, strict=True), *((selection, ()) for selection in lazy)]
 
@@ -492,8 +506,9 @@ class Sassha(Optimizer):
         """After an exception in step(): the weights are at w, and the step has not been."""
         self._first_pass = False
         with uninterrupted():
-            if self._perturbation is not None and self._perturbation.active:
-                self._put_back(self._perturbation.selections)
+            if self._perturbation is not None and self._perturbation.selections:
+                if self._perturbation.active:
+                    self._put_back(self._perturbation.selections)
                 # Should one bucket's update have gone through before another's failed, its state knows its counts.
                 self._buckets = Buckets(self._backend)
             self._close()

@@ -72,7 +72,7 @@ def _grad_norm(case: _Case, backend: Operators) -> list[Tensor]:
 def _perturb(case: _Case, backend: Operators) -> list[Tensor]:
     bucket = case.bucket
     norm = torch.tensor(7.0, dtype=torch.float64, device=bucket.device)
-    backend.perturb_(bucket.params, case.grads, bucket.backup, bucket.offsets, norm, 0.2, False, False)
+    backend.perturb_(bucket.params, case.grads, bucket.backup, bucket.offsets, norm, True, 0.2, False, False)
     backups = [view_of(bucket.backup, offset, p) for offset, p in zip(bucket.offsets, bucket.params, strict=True)]
     return [*bucket.params, *backups]
 
@@ -109,6 +109,7 @@ def _update(hessian: bool) -> Callable[[_Case, Operators], list[Tensor]]:
             bucket.offsets,
             bucket.rows,
             guards,
+            True,
             None,
             *HYPERPARAMETERS,
             0.5,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -125,14 +125,21 @@ class Selection:
             [self.indices[i] for i in positions],
         )
 
+    def but(self, positions: Sequence[int]) -> Selection:
+        """The parameters at all other positions."""
+        left_out = set(positions)
+        return self.at([i for i in range(len(self.params)) if i not in left_out]) if left_out else self
+
+    def with_these(self, grads: Sequence[Tensor]) -> Selection:
+        """The same parameters with other gradients."""
+        return Selection(self.bucket, self.group, self.params, grads, self.offsets, self.rows, self.indices)
+
     def with_gradients(self) -> Selection:
         """The parameters that have a gradient now, with it."""
-        grads = [param.grad for param in self.params]
-        present = [grad for grad in grads if grad is not None]
-        chosen = self
-        if len(present) < len(grads):
-            chosen = self.at([i for i, grad in enumerate(grads) if grad is not None])
-        return replace(chosen, grads=present)
+        present = [grad for param in self.params if (grad := param.grad) is not None]
+        if len(present) == len(self.params):
+            return self.with_these(present)
+        return self.at([i for i, param in enumerate(self.params) if param.grad is not None]).with_these(present)
 
     def due(self) -> list[int]:
         """The positions whose next step is a Hessian step: (t - 1) mod k == 0 or t <= hessian_warmup."""

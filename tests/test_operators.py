@@ -82,7 +82,7 @@ def one_thread() -> Iterator[None]:
 
 def run_perturb(backend: str, on: Case, norm: float, rho: float, adaptive: bool, maximize: bool) -> None:
     scalar = torch.tensor(norm, dtype=torch.float64, device=BACKENDS[backend])
-    operators_of(backend).perturb_(on.params, on.grads, on.backup, on.offsets, scalar, rho, adaptive, maximize)
+    operators_of(backend).perturb_(on.params, on.grads, on.backup, on.offsets, scalar, False, rho, adaptive, maximize)
 
 
 def perturb(backend: str, case: Case, norm: float, rho: float, adaptive: bool, maximize: bool) -> Case:
@@ -109,6 +109,7 @@ def run_update(
     hyper: dict[str, Any],
     hessian: bool,
     guards: Sequence[Tensor] = (torch.tensor(1.0),),
+    guard_grads: bool = False,
     lr_tensor: Tensor | None = None,
 ) -> None:
     device = BACKENDS[backend]
@@ -124,6 +125,7 @@ def run_update(
         on.offsets,
         on.rows,
         [guard.to(device) for guard in guards],
+        guard_grads,
         None if lr_tensor is None else lr_tensor.to(device),
         hyper["lr"],
         *hyper["betas"],
@@ -230,6 +232,23 @@ def test_perturb_moves_every_element_by_the_formula_and_nothing_else(
 def test_perturb_is_the_formula_in_every_mode(backend: str, dtype: torch.dtype, adaptive: bool, maximize: bool) -> None:
     check_perturb(backend, listed_case(dtype, "every size"), 0.37, 0.05, adaptive, maximize)
     check_perturb(backend, listed_case(dtype, "every layout"), 1e3, 3.0, adaptive, maximize)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_perturb_measures_the_norm_that_grad_norm_does(backend: str, dtype: torch.dtype, adaptive: bool) -> None:
+    operators = operators_of(backend)
+    for specs in ("every size", "every layout"):
+        given, measured = (listed_case(dtype, specs).to(BACKENDS[backend]) for _ in range(2))
+        norm = operators.grad_norm(given.grads, given.params if adaptive else [], adaptive)
+        own = torch.full_like(norm, math.nan)
+        for case, scalar, measure in ((given, norm, False), (measured, own, True)):
+            operators.perturb_(
+                case.params, case.grads, case.backup, case.offsets, scalar, measure, 0.2, adaptive, False
+            )
+        assert_same_bits(own, norm, "norm")
+        assert_same_case(measured, given)
 
 
 @each_backend
@@ -377,8 +396,8 @@ def test_the_estimate_starts_at_zero_and_ends_as_the_mean(backend: str, dtype: t
 # Bad steps
 
 
-def check_skip(backend: str, before: Case, *guards: Tensor, hessian: bool = True) -> None:
-    after = update(backend, before, HYPER, hessian, [torch.tensor(1.0), *guards])
+def check_skip(backend: str, before: Case, *guards: Tensor, hessian: bool = True, guard_grads: bool = False) -> None:
+    after = update(backend, before, HYPER, hessian, [torch.tensor(1.0), *guards], guard_grads)
     restored = torch.cat([memory_order(w) for w in after.params])
     assert_same_bits(restored, torch.cat(before.parts(before.backup)), "w after a skipped step")
     assert after.skipped.tolist() == [1]
@@ -405,6 +424,25 @@ def test_any_one_of_several_guards_skips_the_step(backend: str) -> None:
         guards = [*good[:i], torch.tensor(math.nan), *good[i:]]
         check_skip(backend, case, *guards)
     assert update(backend, case, HYPER, True, good).skipped.tolist() == [0]
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("name", ["grads", "products"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_element_that_is_not_finite_skips_the_step_where_gradients_are_guards(
+    backend: str, dtype: torch.dtype, name: str, bad: float
+) -> None:
+    case = make_case(dtype, [Spec((40_000,), shift=1), *many(5), Spec((3, 4, 5, 5), "channels_last"), Spec(())])
+    assert update(backend, case, HYPER, True, guard_grads=True).skipped.tolist() == [0]
+    tensors = getattr(case, name)
+    for i in (0, 1, len(tensors) - 1):
+        for element in {0, tensors[i].numel() // 2, tensors[i].numel() - 1}:
+            kept = tensors[i]
+            tensors[i] = kept.clone(memory_format=torch.preserve_format)
+            tensors[i].view(-1)[element] = bad
+            check_skip(backend, case, guard_grads=True)
+            tensors[i] = kept
 
 
 @each_backend
@@ -629,6 +667,7 @@ def arguments_of(name: str, case: Case) -> dict[str, Any]:
             "backup": case.backup,
             "offsets": case.offsets,
             "norm": torch.tensor(3.0, dtype=torch.float64, device=case.backup.device),
+            "measure": True,
             "rho": 0.2,
             "adaptive": False,
             "maximize": False,
@@ -656,6 +695,7 @@ def arguments_of(name: str, case: Case) -> dict[str, Any]:
             "offsets": case.offsets,
             "rows": case.rows,
             "guards": [torch.tensor(1.0, device=case.backup.device)],
+            "guard_grads": True,
             "lr_tensor": None,
             "lr": 0.1,
             "beta1": 0.9,
@@ -683,8 +723,9 @@ def variants(name: str, case: Case) -> list[dict[str, Any]]:
     arguments = arguments_of(name, case)
     others: dict[str, list[dict[str, Any]]] = {
         "grad_norm": [{"params": [], "adaptive": False}],
+        "perturb_": [{"measure": False}],
         "update_": [
-            {"products": []},
+            {"products": [], "guard_grads": False},
             {"lr_tensor": torch.tensor(0.1)},
             {"guards": [torch.tensor(math.nan), torch.tensor(1.0, dtype=torch.float64)]},
         ],
@@ -707,7 +748,7 @@ def test_arguments_in_plain_torch_are_those_of_the_schema(name: str) -> None:
     written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     expected = {
         "grad_norm": set(),
-        "perturb_": {"params", "backup"},
+        "perturb_": {"params", "backup", "norm"},
         "rademacher_": {"signs"},
         "hutchinson_": {"estimate"},
         "update_": {"params", "exp_avg", "exp_hessian", "steps", "skipped"},

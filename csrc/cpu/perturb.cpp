@@ -1,6 +1,7 @@
-// perturb_: backup <- w, w <- w + eps*. Moves 16 bytes per float32 element.
+// perturb_: backup <- w, w <- w + eps*. Moves 16 bytes per float32 element, and reads 4 more to measure the norm.
 
 #include "cpu/dtypes.h"
+#include "cpu/norm.h"
 #include "cpu/ranges.h"
 #include "cpu/tiles.h"
 #include "math/sassha.h"
@@ -35,7 +36,7 @@ void perturb_range(P* w, const P* g, P* backup, int64_t n, Compute<P> scale, boo
 }
 
 void perturb_(StableListHandle param_list, StableListHandle grad_list, Tensor backup, std::vector<int64_t> offsets,
-              Tensor norm, double rho, bool adaptive, bool maximize) {
+              Tensor norm, bool measure, double rho, bool adaptive, bool maximize) {
   const TensorList params(param_list);
   const TensorList grads(grad_list, params);
   params.check_parts(offsets, backup);
@@ -44,7 +45,8 @@ void perturb_(StableListHandle param_list, StableListHandle grad_list, Tensor ba
   check_dtype(backup, params.dtype(), "backup");
   check_dtype(norm, ScalarType::Double, "norm");
   const ElementRanges ranges(params);
-  const double gradient_norm = *static_cast<const double*>(norm.const_data_ptr());
+  double& gradient_norm = *static_cast<double*>(norm.mutable_data_ptr());
+  if (measure) gradient_norm = adaptive ? norm_of(grads, &params) : norm_of(grads);
   with_dtype(params.dtype(), [&](auto zero) {
     using P = decltype(zero);
     P* backups = static_cast<P*>(backup.mutable_data_ptr());

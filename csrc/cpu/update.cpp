@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "cpu/dtypes.h"
+#include "cpu/norm.h"
 #include "cpu/ranges.h"
 #include "cpu/tiles.h"
 #include "math/sassha.h"
@@ -43,8 +44,9 @@ std::vector<UpdateScalars> advance(int64_t* steps, const std::vector<int64_t>& r
 }
 
 template <class T, Power kPower, bool kHessianStep>
-SASSHA_CLONES void update_tile(const T* w, const T* g, const T* product, T* exp_avg, T* exp_hessian, T* result,
-                               int64_t n, UpdateScalars s) {
+SASSHA_CLONES void update_tile(const T* __restrict w, const T* __restrict g, const T* __restrict product,
+                               T* __restrict exp_avg, T* __restrict exp_hessian, T* __restrict result, int64_t n,
+                               UpdateScalars s) {
   for (int64_t i = 0; i < n; ++i) {
     exp_avg[i] = averaged_gradient(exp_avg[i], g[i], s);
     if (kHessianStep) exp_hessian[i] = averaged_hessian(exp_hessian[i], product[i], s);
@@ -100,9 +102,9 @@ struct UpdateRange {
 
 void update_(StableListHandle param_list, StableListHandle grad_list, StableListHandle product_list, Tensor backup,
              Tensor exp_avg, Tensor exp_hessian, Tensor steps, Tensor skipped, std::vector<int64_t> offsets,
-             std::vector<int64_t> rows, std::vector<Tensor> guards, std::optional<Tensor> lr_tensor, double lr,
-             double beta1, double beta2, double eps, double weight_decay, double hessian_power, bool step_correction,
-             bool maximize) {
+             std::vector<int64_t> rows, std::vector<Tensor> guards, bool guard_grads, std::optional<Tensor> lr_tensor,
+             double lr, double beta1, double beta2, double eps, double weight_decay, double hessian_power,
+             bool step_correction, bool maximize) {
   const TensorList params(param_list);
   const TensorList grads(grad_list, params);
   const bool hessian_step = list_size(product_list) > 0;
@@ -125,7 +127,8 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
     check_dtype(steps, ScalarType::Long, "steps");
     check_dtype(skipped, ScalarType::Long, "skipped");
   }
-  const bool finite = all_finite(guards);
+  const auto unfit = [](const TensorList& tensors) { return !tensors.empty() && !std::isfinite(norm_of(tensors)); };
+  const bool finite = all_finite(guards) && !(guard_grads && (unfit(grads) || unfit(products)));
   *static_cast<int64_t*>(skipped.mutable_data_ptr()) = finite ? 0 : 1;
   if (params.empty()) return;
   const ElementRanges ranges(params);

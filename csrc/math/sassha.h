@@ -98,7 +98,7 @@ template <class T, Power kPower>
 SASSHA_HOST_DEVICE T updated(T w, T exp_avg, T exp_hessian, const UpdateScalars& s) {
   const T corrected = static_cast<T>(static_cast<double>(exp_hessian) * s.hessian_correction);
   const T root = raise<T, kPower>(corrected, s.power);
-  const T denominator = static_cast<T>(static_cast<double>(root) + s.eps);
+  const T denominator = root + static_cast<T>(s.eps);
   const T direction = exp_avg / denominator;
   return static_cast<T>(static_cast<double>(w) * s.decay - s.step_size * static_cast<double>(direction));
 }
