@@ -41,3 +41,4 @@ SGD_BYTES = 20  # w, g, m -> w, m
 # What is really moved: the non-finite check reads g~ once more; a Hessian step also reads Hz so, and writes the signs.
 LAZY_BYTES_MOVED = LAZY_BYTES + 4
 HESSIAN_BYTES_MOVED = HESSIAN_BYTES + 12
+LAZY_BYTES_READ = 32  # of the bytes moved: g; w, g; g~ for the check; backup, g~, m, D

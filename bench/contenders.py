@@ -5,6 +5,7 @@ import time
 import torch
 from torch import Tensor
 
+from bench.budgets import LAZY_BYTES_READ
 from bench.shapes import Shape
 from sassha_fused import Sassha
 from sassha_fused.hvp import SOURCES, HessianSource
@@ -79,6 +80,23 @@ class OnePass:
         self.problem.assign(self.problem.first_gradients)
         start = time.perf_counter()
         self.optimizer.step()
+        return {LAZY: time.perf_counter() - start}
+
+
+class Reads:
+    """No optimizer: what reading as many bytes as a lazy step does takes, with torch.sum."""
+
+    name = "reads alone"
+
+    def __init__(self, problem: Problem) -> None:
+        self.arrays = [torch.ones(problem.count) for _ in range(4)]
+        self.passes = LAZY_BYTES_READ // (4 * len(self.arrays))
+
+    def round(self) -> dict[str, float]:
+        start = time.perf_counter()
+        for _ in range(self.passes):
+            for array in self.arrays:
+                array.sum()
         return {LAZY: time.perf_counter() - start}
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 Samples = dict[tuple[str, str], list[float]]
 
 WARM_UP_ROUNDS = 1
-MIN_ROUNDS = 5
+MIN_ROUNDS = 3
 
 
 class Contender(Protocol):
@@ -21,8 +21,12 @@ class Contender(Protocol):
 
 
 def interleaved(contenders: Sequence[Contender], seconds: float, progress: Callable[[float], None]) -> Samples:
-    """Rounds over all contenders, each starting with another one, for `seconds`; `progress` gets the part done."""
+    """Rounds over all contenders, each starting with another one, for `seconds`; `progress` gets the part done.
+
+    A contender that has used up its share of the time sits out: a slow one shall not leave the others few rounds.
+    """
     samples: Samples = defaultdict(list)
+    used: dict[str, float] = defaultdict(float)
     gc.collect()
     gc.disable()
     try:
@@ -32,7 +36,10 @@ def interleaved(contenders: Sequence[Contender], seconds: float, progress: Calla
         while done < 1:
             first = rounds % len(contenders)
             for contender in (*contenders[first:], *contenders[:first]):
+                if rounds >= WARM_UP_ROUNDS + MIN_ROUNDS and used[contender.name] > seconds / len(contenders):
+                    continue
                 for kind, taken in contender.round().items():
+                    used[contender.name] += taken
                     if rounds >= WARM_UP_ROUNDS:
                         samples[kind, contender.name].append(taken)
             rounds += 1

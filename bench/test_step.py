@@ -15,23 +15,24 @@ from bench.budgets import (
     HESSIAN_BYTES_MOVED,
     LAZY_BYTES,
     LAZY_BYTES_MOVED,
+    LAZY_BYTES_READ,
     SGD_BYTES,
 )
-from bench.contenders import HESSIAN, LAZY, Problem, adamw, per_tensor_loop, sassha, sgd
+from bench.contenders import HESSIAN, LAZY, Problem, Reads, adamw, per_tensor_loop, sassha, sgd
 from bench.interleave import Samples, interleaved, replay, replayed_seconds, spread
 from bench.report import Report
 from bench.shapes import MODELS
 
 SECONDS = {"ResNet-20": 15, "ResNet-50": 40, "ViT-S/32": 40, "GPT-2 small": 120}
-TENSORS_HELD = 22  # copies of the parameters alive at once: all states, gradients, products and temporaries
+TENSORS_HELD = 26  # copies of the parameters alive at once: all states, gradients, products and temporaries
 
 SASSHA = ("sassha cpu", "sassha eager", "per-tensor loop")
-OTHERS = ("AdamW fused", "AdamW foreach", "SGD momentum")
+OTHERS = ("AdamW fused", "AdamW foreach", "SGD momentum", Reads.name)
 
 BYTES = {(LAZY, name): LAZY_BYTES for name in SASSHA}
 BYTES |= {(HESSIAN, name): HESSIAN_BYTES for name in SASSHA}
 BYTES |= dict.fromkeys([(LAZY, "AdamW fused"), (LAZY, "AdamW foreach")], ADAMW_BYTES)
-BYTES |= {(LAZY, "SGD momentum"): SGD_BYTES}
+BYTES |= {(LAZY, "SGD momentum"): SGD_BYTES, (LAZY, Reads.name): LAZY_BYTES_READ}
 MOVED = {(LAZY, "sassha cpu"): LAZY_BYTES_MOVED, (HESSIAN, "sassha cpu"): HESSIAN_BYTES_MOVED}
 
 
@@ -50,6 +51,7 @@ def measured(request, progress, report) -> tuple[str, Samples]:
         adamw(problem, fused=True),
         adamw(problem, foreach=True),
         sgd(problem),
+        Reads(problem),
     ]
     with progress(f"{model}, optimizer step") as done:
         samples = interleaved(contenders, SECONDS[model], done)
