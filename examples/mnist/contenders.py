@@ -25,10 +25,14 @@ ADAMW = {"lr": 0.03, "weight_decay": 1.0}
 SGD = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01}
 
 
-def fused(model: nn.Module, seed: int) -> tuple[torch.optim.Optimizer, Step]:
-    optimizer = Sassha(model.parameters(), **SASSHA, seed=seed, backend="cpu")
+def fused(model: nn.Module, seed: int, backend: str = "cpu") -> tuple[torch.optim.Optimizer, Step]:
+    optimizer = Sassha(model.parameters(), **SASSHA, seed=seed, backend=backend)
     running_stats_once(model, optimizer)
     return optimizer, optimizer.step
+
+
+def eager(model: nn.Module, seed: int) -> tuple[torch.optim.Optimizer, Step]:
+    return fused(model, seed, "eager")
 
 
 def loop(model: nn.Module, seed: int) -> tuple[torch.optim.Optimizer, Step]:
@@ -60,5 +64,5 @@ def one_pass(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, S
     return optimizer, step
 
 
-FUSED, LOOP = "Sassha (cpu)", "Sassha (per-tensor loop)"
+FUSED, EAGER, LOOP = "Sassha (cpu)", "Sassha (eager)", "Sassha (per-tensor loop)"
 CONTENDERS: dict[str, Contender] = {FUSED: fused, LOOP: loop, "AdamW": adamw, "SGD": sgd}

@@ -17,8 +17,8 @@ class Digits(NamedTuple):
     images: Tensor  # float32 [N, 1, 28, 28], standardised
     labels: Tensor  # int64 [N]
 
-    def double(self) -> "Digits":
-        return Digits(self.images.double(), self.labels)
+    def to(self, dtype: torch.dtype) -> "Digits":
+        return Digits(self.images.to(dtype), self.labels)
 
 
 def load() -> tuple[Digits, Digits]:

@@ -50,12 +50,14 @@ def _row(name: str, runs: Sequence[Run]) -> tuple[str, ...]:
     )
 
 
-def distance(runs: Runs) -> str:
-    """How far the fused run and the per-tensor loop are apart, from the same seed."""
-    pairs = list(zip(runs[FUSED], runs[LOOP]))
-    weights = max((fused.weights - loop.weights).abs().max().item() for fused, loop in pairs)
-    losses = max(abs(a - b) for fused, loop in pairs for a, b in zip(fused.losses, loop.losses))
-    return f"final weights {weights:.1e}, loss of any step {losses:.1e}"
+def distance(first: Sequence[Run], second: Sequence[Run]) -> str:
+    """How far runs from the same seeds are apart."""
+    pairs = list(zip(first, second))
+    weights = max((a.weights - b.weights).abs().max().item() for a, b in pairs)
+    losses = max(abs(x - y) for a, b in pairs for x, y in zip(a.losses, b.losses))
+    return (
+        f"final weights {weights:.1e}, loss of any step {losses:.1e}" if weights or losses else "nothing, bit for bit"
+    )
 
 
 def save(runs: Runs, folder: Path) -> None:
