@@ -279,17 +279,16 @@ class Sassha(Optimizer):
                 raise TypeError(f"closure must return the loss as a tensor, got {loss!r}")
             if loss.numel() != 1:
                 raise ValueError(f"closure must return a scalar loss, got a tensor of shape {tuple(loss.shape)}")
-            if all(param.grad is None for param in params):
-                if not loss.requires_grad and any(param.requires_grad for param in params):
+            if any(map(_REQUIRES_GRAD, params)) and all(param.grad is None for param in params):
+                if not loss.requires_grad:
                     raise ValueError(
                         "closure must return a loss that requires grad, or call loss.backward() itself; got one "
                         "that was detached or computed under torch.no_grad()"
                     )
-                if loss.requires_grad:
-                    with warnings.catch_warnings():
-                        # The cycle it warns of is broken as soon as the products are taken.
-                        warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
-                        loss.backward(create_graph=create_graph)
+                with warnings.catch_warnings():
+                    # The cycle it warns of is broken as soon as the products are taken.
+                    warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
+                    loss.backward(create_graph=create_graph)
         return loss.detach()
 
     def _finish_step(self, losses: Sequence[Tensor]) -> None:

@@ -395,7 +395,7 @@ def test_a_frozen_parameter_rests_and_goes_on_where_it_stood(backend: str, style
 
 
 @both_backends
-@pytest.mark.parametrize("style", ["closure", "phase"])
+@all_styles
 def test_everything_may_be_frozen(backend: str, style: str) -> None:
     problem = Problem(backend).train(1)
     before = problem.snapshot()
