@@ -33,7 +33,6 @@ STABLE_TORCH_LIBRARY(sassha_fused, m) {
   m.def(
       "update_(Tensor(a!)[] params, Tensor[] grads, Tensor[] products, Tensor backup, Tensor(b!) exp_avg, "
       "Tensor(c!) exp_hessian, Tensor(d!) steps, Tensor(e!) skipped, int[] offsets, int[] rows, Tensor[] guards, "
-      "bool guard_grads, Tensor? lr_tensor, float lr, float beta1, float beta2, float eps, float weight_decay, float "
-      "hessian_power, "
-      "bool step_correction, bool maximize) -> ()");
+      "bool guard_grads, Tensor? lr_tensor, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "float hessian_power, bool step_correction, bool maximize) -> ()");
 }

@@ -834,9 +834,25 @@ def beyond(rows: Sequence[int]) -> Sequence[int]:
     return [*rows[:-1], len(rows) + 3]
 
 
+def emptied(value: Any) -> Any:
+    return [t.flatten()[:0] for t in value] if isinstance(value, list) else value.flatten()[:0]
+
+
+def in_one_row(steps: Tensor) -> Tensor:
+    return steps.flatten()
+
+
+def with_gaps(flat: Tensor) -> Tensor:
+    return torch.stack((flat, flat), dim=-1)[..., 0]
+
+
+def negative(indices: Sequence[int]) -> Sequence[int]:
+    return [*indices[:-1], -1]
+
+
 LENGTHS = (shorter, longer)
 TENSORS = (*LENGTHS, misshapen, transposed, mixed, reinterpreted, doubled)
-FLATS = (truncated, reinterpreted, doubled)
+FLATS = (truncated, reinterpreted, doubled, with_gaps)
 BAD_ARGUMENTS = [
     (name, argument, change)
     for name, argument, changes in [
@@ -844,18 +860,19 @@ BAD_ARGUMENTS = [
         ("perturb_", "grads", TENSORS),
         ("perturb_", "backup", FLATS),
         ("perturb_", "offsets", LENGTHS),
-        ("perturb_", "norm", (reinterpreted,)),
-        ("rademacher_", "indices", LENGTHS),
+        ("perturb_", "norm", (reinterpreted, emptied)),
+        ("rademacher_", "indices", (*LENGTHS, negative)),
         ("hutchinson_", "estimate", FLATS),
         ("hutchinson_", "offsets", LENGTHS),
-        ("hutchinson_", "indices", LENGTHS),
+        ("hutchinson_", "indices", (*LENGTHS, negative)),
         ("update_", "grads", TENSORS),
         ("update_", "products", TENSORS),
         ("update_", "backup", FLATS),
         ("update_", "exp_avg", FLATS),
         ("update_", "exp_hessian", FLATS),
-        ("update_", "steps", (reinterpreted,)),
-        ("update_", "skipped", (reinterpreted,)),
+        ("update_", "steps", (reinterpreted, in_one_row, with_gaps)),
+        ("update_", "skipped", (reinterpreted, emptied)),
+        ("update_", "guards", (reinterpreted, emptied)),
         ("update_", "offsets", LENGTHS),
         ("update_", "rows", (*LENGTHS, beyond)),
     ]

@@ -20,6 +20,14 @@ inline void check_dtype(const torch::stable::Tensor& tensor, ScalarType dtype, c
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has another dtype than its parameters call for");
 }
 
+inline void check_scalar(const torch::stable::Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.numel() == 1, name, " must have one element, has ", tensor.numel());
+}
+
+inline void check_contiguous(const torch::stable::Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+}
+
 // Calls body(P{}) with the C++ type of a supported dtype.
 template <class Body>
 void with_dtype(ScalarType dtype, const Body& body) {

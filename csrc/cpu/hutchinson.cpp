@@ -26,8 +26,9 @@ void hutchinson_(StableListHandle product_list, Tensor estimate, std::vector<int
                  std::vector<int64_t> indices, int64_t seed, int64_t evaluation, int64_t sample, int64_t samples) {
   const TensorList products(product_list);
   products.check_parts(offsets, estimate);
-  STD_TORCH_CHECK(static_cast<int64_t>(indices.size()) == products.size(), "expected one index per tensor");
+  check_indices(indices, products.size());
   if (products.empty()) return;
+  check_contiguous(estimate, "estimate");
   check_dtype(estimate, state_dtype(products.dtype()), "estimate");
   const SignStream stream{static_cast<uint64_t>(seed), static_cast<uint32_t>(evaluation),
                           static_cast<uint32_t>(sample)};

@@ -43,7 +43,9 @@ void perturb_(StableListHandle param_list, StableListHandle grad_list, Tensor ba
   if (params.empty()) return;
   STD_TORCH_CHECK(grads.dtype() == params.dtype(), "grads and params differ in dtype");
   check_dtype(backup, params.dtype(), "backup");
+  check_contiguous(backup, "backup");
   check_dtype(norm, ScalarType::Double, "norm");
+  check_scalar(norm, "norm");
   const ElementRanges ranges(params);
   double& gradient_norm = *static_cast<double*>(norm.mutable_data_ptr());
   if (measure) gradient_norm = adaptive ? norm_of(grads, &params) : norm_of(grads);

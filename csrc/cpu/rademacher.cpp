@@ -11,7 +11,7 @@ namespace {
 void rademacher_(StableListHandle sign_list, std::vector<int64_t> indices, int64_t seed, int64_t evaluation,
                  int64_t sample) {
   const TensorList signs(sign_list);
-  STD_TORCH_CHECK(static_cast<int64_t>(indices.size()) == signs.size(), "expected one index per tensor");
+  check_indices(indices, signs.size());
   if (signs.empty()) return;
   const SignStream stream{static_cast<uint64_t>(seed), static_cast<uint32_t>(evaluation),
                           static_cast<uint32_t>(sample)};

@@ -1,8 +1,11 @@
 // Rademacher signs for a run of elements.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
+
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "cpu/platform.h"
 #include "math/philox.h"
@@ -15,6 +18,11 @@ SASSHA_CLONES void expand_signs(const SignBlock& block, T* signs) {
     const uint32_t word = block.word[i];
     for (int bit = 0; bit < 32; ++bit) signs[32 * i + bit] = sign_of<T>(word, bit);
   }
+}
+
+inline void check_indices(const std::vector<int64_t>& indices, int64_t tensors) {
+  STD_TORCH_CHECK(static_cast<int64_t>(indices.size()) == tensors, "expected one index per tensor");
+  for (const int64_t index : indices) STD_TORCH_CHECK(index >= 0, "index ", index, " is negative");
 }
 
 // Reads on through a stream of signs, and draws each block once, however short the runs.

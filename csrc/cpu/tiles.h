@@ -73,7 +73,7 @@ void with_result(P* destination, int64_t n, bool streaming, const Fill& compute)
   }
 }
 
-// Reads ahead: the tile after the next one, of an array of n elements whose tile at start is at work.
+// Reads ahead: the fourth tile from here, of an array of n elements whose tile at start is at work.
 template <class P>
 void prefetch_tile(const P* array, int64_t start, int64_t n) {
   const int64_t ahead = start + 4 * kTile;

@@ -12,7 +12,8 @@
 namespace sassha::cpu {
 namespace {
 
-double scalar(const Tensor& tensor) {
+double scalar(const Tensor& tensor, const char* name) {
+  check_scalar(tensor, name);
   double value = 0;
   with_dtype(tensor.scalar_type(), [&](auto zero) {
     value = static_cast<double>(*static_cast<const decltype(zero)*>(tensor.const_data_ptr()));
@@ -21,7 +22,8 @@ double scalar(const Tensor& tensor) {
 }
 
 bool all_finite(const std::vector<Tensor>& guards) {
-  return std::all_of(guards.begin(), guards.end(), [](const Tensor& guard) { return std::isfinite(scalar(guard)); });
+  return std::all_of(guards.begin(), guards.end(),
+                     [](const Tensor& guard) { return std::isfinite(scalar(guard, "a guard")); });
 }
 
 // Advances the counts of every row, and works out its scalars; neighbours mostly share them.
@@ -112,6 +114,14 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
   params.check_parts(offsets, exp_avg);
   STD_TORCH_CHECK(backup.numel() == exp_avg.numel() && exp_hessian.numel() == exp_avg.numel(),
                   "backup, exp_avg and exp_hessian differ in length");
+  check_contiguous(backup, "backup");
+  check_contiguous(exp_avg, "exp_avg");
+  check_contiguous(exp_hessian, "exp_hessian");
+  check_dtype(steps, ScalarType::Long, "steps");
+  check_contiguous(steps, "steps");
+  STD_TORCH_CHECK(steps.dim() == 2 && steps.size(1) == 2, "steps must have the rows (step, hessian_step)");
+  check_dtype(skipped, ScalarType::Long, "skipped");
+  check_scalar(skipped, "skipped");
   STD_TORCH_CHECK(static_cast<int64_t>(rows.size()) == params.size(), "expected one row per tensor");
   for (const int64_t row : rows) {
     STD_TORCH_CHECK(row >= 0 && row < steps.size(0), "row ", row, " is not one of steps");
@@ -124,8 +134,6 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
     check_dtype(backup, params.dtype(), "backup");
     check_dtype(exp_avg, state, "exp_avg");
     check_dtype(exp_hessian, state, "exp_hessian");
-    check_dtype(steps, ScalarType::Long, "steps");
-    check_dtype(skipped, ScalarType::Long, "skipped");
   }
   const auto unfit = [](const TensorList& tensors) { return !tensors.empty() && !std::isfinite(norm_of(tensors)); };
   const bool finite = all_finite(guards) && !(guard_grads && (unfit(grads) || unfit(products)));
@@ -144,7 +152,7 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
       return;
     }
     const Hyperparameters hyperparameters{
-        lr_tensor ? scalar(*lr_tensor) : lr, beta1, beta2, eps, weight_decay, hessian_power, maximize};
+        lr_tensor ? scalar(*lr_tensor, "lr_tensor") : lr, beta1, beta2, eps, weight_decay, hessian_power, maximize};
     const auto scalars =
         advance(static_cast<int64_t*>(steps.mutable_data_ptr()), rows, hessian_step, step_correction, hyperparameters);
     const auto update = hessian_step ? update_tile_for<T, true>(power_of(hessian_power))
