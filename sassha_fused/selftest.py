@@ -19,7 +19,7 @@ from .state import Bucket, Member
 from .validation import DTYPES
 
 # Around the vectors, tiles and blocks of the kernels, and nothing at all.
-SIZES = (0, 1, 7, 16, 33, 255, 1023, 4097, 70001)
+SIZES = (0, 1, 7, 16, 33, 63, 64, 65, 255, 1023, 16383, 16385, 70001)
 # In units in the last place of each value or of 1, the size of the terms it is summed from, whichever is larger.
 TOLERANCE_ULP = 8.0
 
@@ -69,12 +69,15 @@ def _grad_norm(case: _Case, backend: Operators) -> list[Tensor]:
     return [backend.grad_norm(case.grads, params, False), backend.grad_norm(case.grads, params, True)]
 
 
-def _perturb(case: _Case, backend: Operators) -> list[Tensor]:
-    bucket = case.bucket
-    norm = torch.tensor(7.0, dtype=torch.float64, device=bucket.device)
-    backend.perturb_(bucket.params, case.grads, bucket.backup, bucket.offsets, norm, True, 0.2, False, False)
-    backups = [view_of(bucket.backup, offset, p) for offset, p in zip(bucket.offsets, bucket.params, strict=True)]
-    return [*bucket.params, *backups]
+def _perturb(measure: bool) -> Callable[[_Case, Operators], list[Tensor]]:
+    def run(case: _Case, backend: Operators) -> list[Tensor]:
+        bucket = case.bucket
+        norm = torch.tensor(7.0, dtype=torch.float64, device=bucket.device)
+        backend.perturb_(bucket.params, case.grads, bucket.backup, bucket.offsets, norm, measure, 0.2, False, False)
+        backups = [view_of(bucket.backup, offset, p) for offset, p in zip(bucket.offsets, bucket.params, strict=True)]
+        return [*bucket.params, *backups, norm]
+
+    return run
 
 
 def _rademacher(case: _Case, backend: Operators) -> list[Tensor]:
@@ -91,12 +94,14 @@ def _hutchinson(case: _Case, backend: Operators) -> list[Tensor]:
     return [estimate]
 
 
-def _update(hessian: bool) -> Callable[[_Case, Operators], list[Tensor]]:
+def _update(hessian: bool, spoilt: bool = False) -> Callable[[_Case, Operators], list[Tensor]]:
     def run(case: _Case, backend: Operators) -> list[Tensor]:
         bucket = case.bucket
         for offset, param in zip(bucket.offsets, bucket.params, strict=True):
             view_of(bucket.backup, offset, param).copy_(param)
         guards = [torch.ones((), dtype=torch.float64, device=bucket.device)]
+        if spoilt:
+            case.grads[-1][-1] = torch.nan
         backend.update_(
             bucket.params,
             case.grads,
@@ -116,18 +121,20 @@ def _update(hessian: bool) -> Callable[[_Case, Operators], list[Tensor]]:
             True,
             False,
         )
-        return [*bucket.params, bucket.exp_avg, bucket.exp_hessian, bucket.counts]
+        return [*bucket.params, bucket.exp_avg, bucket.exp_hessian, bucket.counts, bucket.skipped]
 
     return run
 
 
 CASES: dict[str, Callable[[_Case, Operators], list[Tensor]]] = {
     "grad_norm": _grad_norm,
-    "perturb_": _perturb,
+    "perturb_": _perturb(False),
+    "perturb_ (measuring)": _perturb(True),
     "rademacher_": _rademacher,
     "hutchinson_": _hutchinson,
     "update_ (lazy)": _update(False),
     "update_ (Hessian)": _update(True),
+    "update_ (skipped)": _update(True, spoilt=True),
 }
 
 
