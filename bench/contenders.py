@@ -12,6 +12,7 @@ from sassha_fused.hvp import SOURCES, HessianSource
 from tests.reference import ReferenceSassha
 
 LAZY, HESSIAN = "lazy step", "Hessian step"
+HESSIAN_INTERVAL = 2
 
 
 class Problem:
@@ -41,7 +42,8 @@ class TwoPass:
     def __init__(self, name: str, problem: Problem, backend: str | None) -> None:
         self.name = name
         self.problem = problem
-        settings = {"lr": 1e-4, "weight_decay": 1e-4, "hessian_interval": 2}
+        self.steps = 0
+        settings = {"lr": 1e-4, "weight_decay": 1e-4, "hessian_interval": HESSIAN_INTERVAL}
         if backend is None:
             self.optimizer = ReferenceSassha(problem.parameters, **settings)
             self.finish = self._finish_reference
@@ -54,7 +56,8 @@ class TwoPass:
         self.optimizer.update(self.problem.products if self.optimizer.hessian_due else None)
 
     def step(self) -> tuple[str, float]:
-        kind = HESSIAN if self.optimizer.hessian_due else LAZY
+        kind = LAZY if self.steps % HESSIAN_INTERVAL else HESSIAN
+        self.steps += 1
         self.problem.assign(self.problem.first_gradients)
         start = time.perf_counter()
         self.optimizer.perturb()

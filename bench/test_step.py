@@ -65,7 +65,18 @@ def describe(report: Report, model: str, parameters: int, samples: Samples) -> N
     for kind in (LAZY, HESSIAN):
         loop = typical[kind, "per-tensor loop"]
         rows = [
-            ("", "ms", "spread", "loop / this", "AdamW fused / this", "bytes/parameter", "GB/s", "moved", "GB/s moved")
+            (
+                "",
+                "ms",
+                "rounds",
+                "spread",
+                "loop / this",
+                "AdamW fused / this",
+                "bytes/parameter",
+                "GB/s",
+                "moved",
+                "GB/s moved",
+            )
         ]
         for name in (*SASSHA, *OTHERS):
             if (kind, name) not in typical:
@@ -76,6 +87,7 @@ def describe(report: Report, model: str, parameters: int, samples: Samples) -> N
                 (
                     name,
                     f"{1e3 * seconds:.3f}",
+                    str(len(samples[kind, name])),
                     spread(samples[kind, name]),
                     f"{loop / seconds:.2f}",
                     f"{adamw_fused / seconds:.2f}",
@@ -86,8 +98,9 @@ def describe(report: Report, model: str, parameters: int, samples: Samples) -> N
                 )
             )
         # bytes that one fused step cannot avoid, and beside them those that the kernels move
-        title = f"{model} ({parameters / 1e6:.2f} M parameters, {len(MODELS[model])} tensors), {kind}, medians"
-        report.table(f"{title} of {len(samples[kind, 'sassha cpu'])} rounds", rows)
+        report.table(
+            f"{model} ({parameters / 1e6:.2f} M parameters, {len(MODELS[model])} tensors), {kind}, medians", rows
+        )
 
     ours = typical[LAZY, "sassha cpu"]
     if model in ("GPT-2 small", "ResNet-20"):
