@@ -91,7 +91,7 @@ class Sassha(Optimizer):
             float64 for float64 parameters, else float32.
         lr: learning rate :math:`\eta`, a float or a tensor of one element.
         betas: :math:`\beta_1, \beta_2` of the gradient's and the Hessian's running averages.
-        eps: :math:`\epsilon`, added outside the power.
+        eps: :math:`\epsilon`, added outside the power. With 0, weights whose Hessian is 0 are divided by 0.
         weight_decay: decoupled weight decay :math:`\lambda`.
         rho: radius of the perturbation.
         adaptive: scale the perturbation by the weights (ASAM): :math:`N = \| |w| g \|_2`,
@@ -279,16 +279,14 @@ class Sassha(Optimizer):
                 raise TypeError(f"closure must return the loss as a tensor, got {loss!r}")
             if loss.numel() != 1:
                 raise ValueError(f"closure must return a scalar loss, got a tensor of shape {tuple(loss.shape)}")
-            if any(map(_REQUIRES_GRAD, params)) and all(param.grad is None for param in params):
-                if not loss.requires_grad:
+            if all(param.grad is None for param in params):
+                if loss.requires_grad:
+                    _backward(loss, create_graph)
+                elif any(map(_REQUIRES_GRAD, params)):
                     raise ValueError(
                         "closure must return a loss that requires grad, or call loss.backward() itself; got one "
                         "that was detached or computed under torch.no_grad()"
                     )
-                with warnings.catch_warnings():
-                    # The cycle it warns of is broken as soon as the products are taken.
-                    warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
-                    loss.backward(create_graph=create_graph)
         return loss.detach()
 
     def _finish_step(self, losses: Sequence[Tensor]) -> None:
@@ -308,24 +306,29 @@ class Sassha(Optimizer):
                     self._put_back(perturbation.selections)
                 self._close()
             return
-        # A closure that runs backward itself may return a loss of any dtype.
-        guards = [norm]
-        guards += [(loss if loss.dtype in DTYPES else loss.double()).reshape(()) for loss in losses]
         # Of several parts none may be written before all are known to be finite; one alone, update_ itself looks at.
-        alone = len(parts) == 1
+        alone = perturbation is not None and len(parts) == 1
+        guards = [norm, *map(_guard, losses), *self._lr_tensors()]
         if not alone:
             if perturbation is not None:
                 guards.append(self._norm([selection for selection, _ in parts]))
             guards += [selection.bucket.operators.grad_norm(found, (), False) for selection, found in parts if found]
         with uninterrupted(), _explained([selection for selection, _ in parts]):
+            passes = [self._update_pass(*part, guards, guard_grads=alone) for part in parts]
             if perturbation is None or not perturbation.active:
                 for selection, _ in parts:
                     torch._foreach_copy_(selection.backups(), list(selection.params))
             else:
                 self._put_back_bystanders(perturbation, parts)
-            for selection, products in parts:
-                self._update(selection, products, guards, guard_grads=alone)
-            taken = [selection.with_these(()) for selection, _ in parts]
+            try:
+                for update in passes:
+                    update()
+            except BaseException:
+                self._put_back([selection for selection, _ in parts])
+                # Should one bucket's update have gone through before another's failed, its state knows its counts.
+                self._buckets = Buckets(self._backend)
+                raise
+            taken = [selection.holding(()) for selection, _ in parts]
             self._verdict = _Verdict(taken[0].bucket.skipped, taken, any(products for _, products in parts))
             self._close()
         if perturbation is not None:
@@ -370,12 +373,14 @@ class Sassha(Optimizer):
         )
         selection.wrote_params()
 
-    def _update(
+    def _update_pass(
         self, selection: Selection, products: Sequence[Tensor], guards: Sequence[Tensor], guard_grads: bool
-    ) -> None:
+    ) -> Callable[[], None]:
+        """The update of one bucket, ready to run: what is wrong with its scalars is found before any bucket's has."""
         group, bucket, lr = selection.group, selection.bucket, selection.group["lr"]
         is_tensor = isinstance(lr, Tensor)
-        bucket.operators.update_(
+        beta1, beta2 = group["betas"]
+        arguments = (
             selection.params,
             selection.grads,
             products,
@@ -389,15 +394,24 @@ class Sassha(Optimizer):
             [guard.to(bucket.device, non_blocking=True) for guard in guards],
             guard_grads,
             lr.to(bucket.device, non_blocking=True) if is_tensor else None,
-            0.0 if is_tensor else lr,
-            *group["betas"],
-            group["eps"],
-            group["weight_decay"],
-            group["hessian_power"],
+            0.0 if is_tensor else float(lr),
+            float(beta1),
+            float(beta2),
+            float(group["eps"]),
+            float(group["weight_decay"]),
+            float(group["hessian_power"]),
             group["bias_correction"] == "step",
-            group["maximize"],
+            bool(group["maximize"]),
         )
-        selection.wrote_params()
+
+        def run() -> None:
+            bucket.operators.update_(*arguments)
+            selection.wrote_params()
+
+        return run
+
+    def _lr_tensors(self) -> list[Tensor]:
+        return [_guard(group["lr"]) for group in self.param_groups if isinstance(group["lr"], Tensor)]
 
     # ---------------------------------------------------------------- parts of a pass
 
@@ -479,7 +493,8 @@ class Sassha(Optimizer):
 
     def _put_back(self, selections: Sequence[Selection]) -> None:
         for selection in selections:
-            torch._foreach_copy_(list(selection.params), selection.backups())
+            if selection.params:
+                torch._foreach_copy_(list(selection.params), selection.backups())
 
     def _put_back_bystanders(self, perturbation: _Perturbation, parts: Sequence[Part]) -> None:
         """Restores what was perturbed but has no second gradient; the update restores the others itself."""
@@ -502,14 +517,11 @@ class Sassha(Optimizer):
             self._watch = hessian_products.GraphWatch(params) if params else None
 
     def _give_up(self) -> None:
-        """After an exception in step(): the weights are at w, and the step has not been."""
+        """After an exception in a step: the weights go back to w, and the step is over."""
         self._first_pass = False
         with uninterrupted():
-            if self._perturbation is not None and self._perturbation.selections:
-                if self._perturbation.active:
-                    self._put_back(self._perturbation.selections)
-                # Should one bucket's update have gone through before another's failed, its state knows its counts.
-                self._buckets = Buckets(self._backend)
+            if self.perturbed:
+                self._put_back(self._perturbation.selections)  # type: ignore[union-attr]
             self._close()
 
     def _refuse_used_gradients(self, selections: Sequence[Selection]) -> None:
@@ -604,13 +616,31 @@ class Sassha(Optimizer):
             self._buckets.pack(self.param_groups, self.state)
 
 
+def _guard(scalar: Tensor) -> Tensor:
+    """A scalar as update_ takes it; a closure that runs backward itself may return a loss of any dtype."""
+    return (scalar if scalar.dtype in DTYPES else scalar.double()).reshape(())
+
+
+def _backward(loss: Tensor, create_graph: bool) -> None:
+    """Runs backward, unless the closure that made the loss has done so without reaching any parameter."""
+    try:
+        with warnings.catch_warnings():
+            # The cycle it warns of is broken as soon as the products are taken.
+            warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
+            loss.backward(create_graph=create_graph)
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+
+
 @contextmanager
 def _explained(selections: Sequence[Selection]) -> Iterator[None]:
-    """Where an operator refuses its tensors, says which gradient it was, and why."""
+    """Where an operator refuses its arguments, says which hyperparameter or gradient it was, and why."""
     try:
         yield
     except (RuntimeError, TypeError, ValueError):
         for selection in selections:
+            check_hyperparameters(selection.group)
             check_gradients(selection.params, selection.grads)
             selection.check_fit()
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -130,16 +131,16 @@ class Selection:
         left_out = set(positions)
         return self.at([i for i in range(len(self.params)) if i not in left_out]) if left_out else self
 
-    def with_these(self, grads: Sequence[Tensor]) -> Selection:
-        """The same parameters with other gradients."""
+    def holding(self, grads: Sequence[Tensor]) -> Selection:
+        """The same parameters with these gradients."""
         return Selection(self.bucket, self.group, self.params, grads, self.offsets, self.rows, self.indices)
 
     def with_gradients(self) -> Selection:
         """The parameters that have a gradient now, with it."""
         present = [grad for param in self.params if (grad := param.grad) is not None]
         if len(present) == len(self.params):
-            return self.with_these(present)
-        return self.at([i for i, param in enumerate(self.params) if param.grad is not None]).with_these(present)
+            return self.holding(present)
+        return self.at([i for i, param in enumerate(self.params) if param.grad is not None]).holding(present)
 
     def due(self) -> list[int]:
         """The positions whose next step is a Hessian step: (t - 1) mod k == 0 or t <= hessian_warmup."""
@@ -152,6 +153,11 @@ class Selection:
         """ValueError where a parameter has changed its shape since its state was made."""
         for row, param in zip(self.rows, self.params, strict=True):
             _check_fit(param, self.bucket.layouts[row][0])
+
+    def is_at_home(self) -> bool:
+        """Whether the first of these parameters still has the dtype and device of its bucket."""
+        param = self.params[0]
+        return param.dtype == self.bucket.dtype and param.device == self.bucket.device
 
     def count_step(self) -> None:
         """Counts one more step of these parameters on the host."""
@@ -171,6 +177,10 @@ class Selection:
         torch.autograd.graph.increment_version(self.params)
 
 
+def _same(params: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(params) == len(others) and all(map(is_, params, others))
+
+
 class Buckets(list[tuple[Bucket, dict[str, Any]]]):
     """All buckets of an optimizer, each with its parameter group.
 
@@ -183,12 +193,29 @@ class Buckets(list[tuple[Bucket, dict[str, Any]]]):
         self.backend = backend
         self.stale = True
         self._stateless: list[Tensor] = []
+        self._packed: list[list[Tensor]] = []
 
     def select(self, groups: Sequence[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> list[Selection]:
         """The parameters that have a gradient, by bucket; the first gradient gives a parameter its state."""
-        newcomer = any(param.grad is not None for param in self._stateless)
-        if newcomer or self.stale or not all(bucket.is_current(bucket.witness) for bucket, _ in self):
+        if self.stale or self._outdated(groups, states):
             self.pack(groups, states)
+        selections = self._with_gradients()
+        if not all(selection.is_at_home() for selection in selections):
+            self.pack(groups, states)
+            selections = self._with_gradients()
+        return selections
+
+    def _outdated(self, groups: Sequence[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> bool:
+        """Whether a parameter waits for its state, or someone has edited the groups, their parameters or the states."""
+        return (
+            any(param.grad is not None for param in self._stateless)
+            or len(states) < sum(len(bucket.params) for bucket, _ in self)
+            or len(groups) != len(self._packed)
+            or not all(_same(group["params"], packed) for group, packed in zip(groups, self._packed, strict=True))
+            or not all(bucket.is_current(bucket.witness) for bucket, _ in self)
+        )
+
+    def _with_gradients(self) -> list[Selection]:
         selections = (Selection.all_of(bucket, group).with_gradients() for bucket, group in self)
         return [selection for selection in selections if selection.params]
 
@@ -221,11 +248,14 @@ class Buckets(list[tuple[Bucket, dict[str, Any]]]):
                 index += param.numel()
             for chosen in members.values():
                 params = [member.param for member in chosen]
-                steps = [counted[p] if p in counted else int(states[p]["step"]) if states.get(p) else 0 for p in params]
+                steps = [
+                    (counted[p] if p in counted else int(states[p]["step"])) if states.get(p) else 0 for p in params
+                ]
                 made.append((Bucket(chosen, [states.get(p, {}) for p in params], steps, self.backend), group))
         for bucket, _ in made:
             for row, param in enumerate(bucket.params):
                 states[param] = {**states.get(param, {}), **bucket.state_of(row)}
         self[:] = made
         self._stateless = stateless
+        self._packed = [list(group["params"]) for group in groups]
         self.stale = False

@@ -616,8 +616,17 @@ class Mixed(Problem):
         return super().loss() + (self.double**4).mean().float() + (self.bfloat**2).mean().float()
 
 
+class Alone(Problem):
+    """All parameters in one group: one bucket, for which the operators measure and check by themselves."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__(backend)
+        self.opt = Sassha(self.params, lr=0.05, hessian_interval=3, backend=backend)
+
+
 CASES = [
-    (spoiler, style, steps, bad_pass)
+    (kind, spoiler, style, steps, bad_pass)
+    for kind in (Mixed, Alone)
     for spoiler in SPOILERS
     for style in ("closure", "phase")
     for steps in (0, 1, 3)
@@ -629,12 +638,12 @@ CASES = [
 
 
 @both_backends
-@pytest.mark.parametrize("spoiler, style, steps, bad_pass", CASES)
+@pytest.mark.parametrize("kind, spoiler, style, steps, bad_pass", CASES)
 def test_a_step_that_is_not_finite_leaves_no_trace(
-    backend: str, spoiler: str, style: str, steps: int, bad_pass: int
+    backend: str, kind: type[Problem], spoiler: str, style: str, steps: int, bad_pass: int
 ) -> None:
-    problem = Mixed(backend).train(steps, style)
-    before, after = (undisturbed(Mixed, backend, count) for count in (steps, steps + 4))
+    problem = kind(backend).train(steps, style)
+    before, after = (undisturbed(kind, backend, count) for count in (steps, steps + 4))
     passes = iter(range(2))
 
     def loss() -> Tensor:
@@ -653,6 +662,23 @@ def test_a_step_that_is_not_finite_leaves_no_trace(
     for group in result["param_groups"]:
         assert group.pop("skipped_steps") == 1
     assert_same(result, without_skips(after))
+
+
+@both_backends
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("kind", [Mixed, Alone])
+def test_a_learning_rate_tensor_that_is_not_finite_skips_the_step(
+    backend: str, kind: type[Problem], value: float
+) -> None:
+    problem = kind(backend).train(1)
+    good, before = problem.opt.param_groups[-1]["lr"], weights(problem.params)
+    problem.opt.param_groups[-1]["lr"] = torch.tensor([value])
+    problem.step()
+    assert_same(weights(problem.params), before)
+    assert problem.opt.skipped_steps == 1
+    problem.opt.param_groups[-1]["lr"] = good
+    problem.step()
+    assert problem.opt.skipped_steps == 1
 
 
 def without_skips(snapshot: dict[str, Any]) -> dict[str, Any]:

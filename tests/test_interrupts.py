@@ -280,6 +280,42 @@ def test_a_break_between_two_updates_restores_the_weights_and_keeps_the_counts_i
     assert_same(weights(problem.params), weights(restarted.params))
 
 
+@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("call, before", [(0, False), (1, True), (1, False)])
+def test_a_break_between_two_updates_restores_weights_that_were_at_w(call: int, before: bool, restored: bool) -> None:
+    problem = Problem("eager").train(1)
+    start = weights(problem.params)
+    problem.opt.zero_grad()
+    problem.loss().backward()
+    if restored:
+        problem.opt.perturb()
+        problem.opt.restore()
+        problem.loss().backward()
+    with breaking("update_", call, before):
+        problem.opt.step()
+    assert_same(weights(problem.params), start)
+    state = problem.opt.state_dict()["state"]
+    problem.train(1)
+    assert [int(problem.opt.state[param]["step"]) for param in problem.params] == [
+        int(s["step"]) + 1 for s in state.values()
+    ]
+
+
+@both_backends
+@pytest.mark.parametrize("name, value", [("lr", None), ("weight_decay", "a"), ("betas", (0.9, None)), ("rho", None)])
+def test_a_hyperparameter_spoilt_between_steps_is_named_before_anything_changes(
+    backend: str, name: str, value: Any
+) -> None:
+    problem = Problem(backend).train(1)
+    good, before = problem.opt.param_groups[1][name], problem.snapshot()
+    problem.opt.param_groups[1][name] = value
+    with pytest.raises((TypeError, ValueError), match=name):
+        problem.step()
+    problem.opt.param_groups[1][name] = good
+    assert_same(problem.snapshot(), before)
+    assert_same(problem.train(3).snapshot(), undisturbed(Problem, backend, 4))
+
+
 @both_backends
 def test_running_out_of_memory_for_the_state_can_be_mended(backend: str) -> None:
     for call in range(6):

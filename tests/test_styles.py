@@ -340,27 +340,32 @@ def test_a_graph_from_before_perturb_can_no_longer_be_used() -> None:
 @all_styles
 @pytest.mark.parametrize("present", [0, 1])
 @pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("groups", [[[0, 1]], [[0], [1]], [[0, 1], [2]], [[2], [0, 1]]], ids=str)
 def test_a_parameter_with_a_gradient_in_one_pass_only_is_untouched(
-    backend: str, style: str, present: int, steps: int
+    backend: str, style: str, present: int, steps: int, groups: list[list[int]]
 ) -> None:
-    params = [parameter(1.0, 2.0), parameter(3.0, 4.0)]
-    opt = Sassha(params, hessian_interval=3, backend=backend)
+    params = [parameter(1.0, 2.0), parameter(3.0, 4.0), parameter(5.0)]
+    chosen = [{"params": [params[i] for i in group]} for group in groups]
+    opt = Sassha(chosen, hessian_interval=3, backend=backend)
+
+    def one() -> Tensor:
+        return (params[0] ** 3).sum() + (params[2] ** 3).sum()
 
     def both() -> Tensor:
-        return (params[0] ** 3).sum() + (params[1] ** 3).sum()
+        return one() + (params[1] ** 3).sum()
 
     for _ in range(steps):
         STYLES[style](opt, both)
     before = [*weights(params), *(value.clone() for value in opt.state[params[1]].values())]
     passes = iter(range(2))
-    STYLES[style](opt, lambda: both() if next(passes) == present else (params[0] ** 3).sum())
+    STYLES[style](opt, lambda: both() if next(passes) == present else one())
     assert not torch.equal(params[0], before[0])
     assert_same(params[1].detach(), before[1])
-    assert [int(opt.state[param].get("step", 0)) for param in params] == [steps + 1, steps]
+    assert [int(opt.state[param].get("step", 0)) for param in params[:2]] == [steps + 1, steps]
     if steps:
-        assert_same(list(opt.state[params[1]].values()), before[2:])
+        assert_same(list(opt.state[params[1]].values()), before[3:])
     STYLES[style](opt, both)
-    assert [int(opt.state[param]["step"]) for param in params] == [steps + 2, steps + 1]
+    assert [int(opt.state[param]["step"]) for param in params[:2]] == [steps + 2, steps + 1]
 
 
 @both_backends
@@ -403,6 +408,25 @@ def test_everything_may_be_frozen(backend: str, style: str) -> None:
     outside = torch.ones((), requires_grad=True)
     STYLES[style](problem.opt, lambda: problem.loss() * outside)
     assert_same(problem.snapshot(), before)
+
+
+@both_backends
+def test_a_standard_closure_that_reaches_no_parameter_is_no_step(backend: str) -> None:
+    problem = Problem(backend).train(1)
+    before = problem.snapshot()
+    outside = torch.ones((), requires_grad=True)
+    STYLES["standard"](problem.opt, lambda: outside**2)
+    assert_same(problem.snapshot(), before)
+    assert outside.grad == 2  # one pass, one backward: without a perturbation there is no second
+
+
+@both_backends
+def test_backward_reaches_parameters_of_others_where_all_of_ours_are_frozen(backend: str) -> None:
+    problem = Problem(backend)
+    problem.model.requires_grad_(False)
+    outside = torch.ones((), requires_grad=True)
+    problem.opt.step(lambda: outside**2)
+    assert outside.grad == 2
 
 
 @both_backends
@@ -692,6 +716,33 @@ def test_a_part_of_a_model_may_be_converted_between_steps(backend: str) -> None:
     opt.step(loss)
     assert [int(opt.state[param]["step"]) for param in params] == [2, 2]
     assert opt.state[params[1]]["exp_avg"].dtype == torch.float64
+
+
+@both_backends
+@pytest.mark.parametrize("perturbed", [True, False])
+def test_a_part_of_a_model_may_be_converted_while_the_rest_is_frozen(backend: str, perturbed: bool) -> None:
+    large, small = parameter(*range(1, 9), dtype=torch.float32), parameter(1.0, 2.0, dtype=torch.float32)
+    opt = Sassha([large, small], lr=0.01, backend=backend)
+
+    def loss() -> Tensor:
+        return (large**4).sum() + (small**4).sum()
+
+    opt.step(loss)
+    large.requires_grad_(False)
+    small.data = small.data.double() + 1e-12
+    before = weights([small])
+    for steps in (2, 3):
+        opt.zero_grad()
+        backward(loss(), create_graph=opt.hessian_due)
+        if perturbed:
+            opt.perturb()
+            opt.restore()
+            assert_same(weights([small]), before)
+            backward(loss(), create_graph=opt.hessian_due)
+        opt.step()
+        assert int(opt.state[small]["step"]) == steps
+        assert opt.state[small]["exp_avg"].dtype == torch.float64
+        before = weights([small])
 
 
 @both_backends

@@ -252,6 +252,44 @@ def test_zero_grad_drops_gradients_or_makes_them_zero() -> None:
 
 
 @both_backends
+def test_a_parameter_put_in_the_place_of_another_is_trained_with_the_state_it_is_given(backend: str) -> None:
+    old, other = (torch.ones(3, requires_grad=True) for _ in range(2))
+    opt = Sassha([old, other], lr=0.01, backend=backend)
+
+    def loss() -> Tensor:
+        return sum((param**3).sum() for group in opt.param_groups for param in group["params"])
+
+    opt.step(loss)
+    new = torch.ones(5, requires_grad=True)
+    state = opt.state.pop(old)
+    opt.param_groups[0]["params"][0] = new
+    state["exp_avg"] = torch.cat([state["exp_avg"], torch.zeros(2)])
+    state["exp_hessian"] = torch.cat([state["exp_hessian"], torch.ones(2)])
+    opt.state[new] = state
+    kept = old.detach().clone()
+    opt.step(loss)
+    assert torch.equal(old, kept)
+    assert (new[3:] < 1).all() and not torch.equal(new[:2], new[3:])
+    assert [int(opt.state[param]["step"]) for param in (new, other)] == [2, 2]
+
+
+@both_backends
+def test_a_cleared_state_begins_again(backend: str) -> None:
+    param = torch.full((3,), 2.0, requires_grad=True)
+    opt, fresh = (Sassha([param], lr=0.01, backend=backend) for _ in range(2))
+    opt.step(lambda: (param**3).sum())
+    opt.state.clear()
+    start = param.detach().clone()
+    opt.step(lambda: (param**3).sum())
+    stepped = param.detach().clone()
+    with torch.no_grad():
+        param.copy_(start)
+    fresh.step(lambda: (param**3).sum())
+    assert torch.equal(param, stepped)
+    assert int(opt.state_dict()["state"][0]["step"]) == 1
+
+
+@both_backends
 def test_gradients_zeroed_in_place_serve_a_whole_run(backend: str) -> None:
     problem = Problem(backend)
     for _ in range(4):
