@@ -65,7 +65,8 @@ From the same seed, {FUSED} is apart
   from {LOOP} in float32, {arguments.epochs} epochs, by {report.distance(runs[FUSED], runs[LOOP])}, \
 as training amplifies the last bit, in which the loop rounds differently
 
-Optimizer: outside forward, backward and Hessian products, averaged over lazy and Hessian steps, after the first of several epochs.
+Optimizer: outside forward, backward and Hessian products, averaged over lazy and Hessian steps, the first of several \
+epochs left out.
 State memory: the most during a step. Curves: {arguments.output / "curves.png"}; numbers: CSV files beside it."""
     )
 
