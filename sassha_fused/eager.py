@@ -11,14 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import view_of
+from .layout import state_dtype, view_of
 from .validation import check_gradients
 
 _WORD = 0xFFFFFFFF
-
-
-def _compute_dtype(param: Tensor) -> torch.dtype:
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor], adaptive: bool) -> Tensor:
@@ -52,7 +48,7 @@ def perturb_(
     factor = torch.full_like(norm, -rho if maximize else rho) / (norm + 1e-12)
     results, backups = [], [view_of(backup, offset, w) for w, offset in zip(params, offsets, strict=True)]
     for w, g in zip(params, grads, strict=True):
-        dtype = _compute_dtype(w)
+        dtype = state_dtype(w)
         weight = w.to(dtype)
         step = factor.to(dtype) * g.to(dtype)
         results.append(weight + step * (weight * weight) if adaptive else weight + step)
@@ -159,7 +155,7 @@ def update_(
     skipped.copy_(~finite)
     rate = exp_avg.new_full((), lr, dtype=torch.float64) if lr_tensor is None else lr_tensor.double().reshape(())
     for i, (w, g, offset, row) in enumerate(zip(params, grads, offsets, rows, strict=True)):
-        dtype = _compute_dtype(w)
+        dtype = state_dtype(w)
         counts = steps[row]
         step = counts[0] + 1
         hessian_step = counts[1]

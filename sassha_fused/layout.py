@@ -1,4 +1,4 @@
-"""Where a parameter's elements lie: memory order where it is dense, row-major where it is not."""
+"""Where a parameter's elements lie: memory order where it is dense, row-major where it is not; and how its state is."""
 
 from __future__ import annotations
 
@@ -32,3 +32,8 @@ def view_of(flat: Tensor, offset: int, param: Tensor) -> Tensor:
     if not is_dense(param):
         return part.view(param.shape)
     return part.as_strided(param.shape, param.stride(), part.storage_offset())
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of a parameter's state, and of the arithmetic on it."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32

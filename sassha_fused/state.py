@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import view_of
+from .layout import state_dtype, view_of
 from .ops import Operators, operators
 from .validation import check_gradients
 
@@ -53,8 +53,7 @@ class Bucket:
         # The one whose strides tell most of a change of memory format.
         self.witness = max(range(len(members)), key=lambda row: (self.params[row].dim(), self.params[row].numel()))
         self.operators: Operators = operators(backend, first.device)
-        state_dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        self.exp_avg = torch.zeros(total, dtype=state_dtype, device=first.device)
+        self.exp_avg = torch.zeros(total, dtype=state_dtype(first), device=first.device)
         self.exp_hessian = torch.zeros_like(self.exp_avg)
         self.backup = torch.zeros(total, dtype=first.dtype, device=first.device)
         self.counts = torch.zeros((len(members), 2), dtype=torch.int64, device=first.device)
