@@ -1,7 +1,6 @@
 """Times contenders in turns within one run, so that a drifting machine slows all of them alike."""
 
 import gc
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from statistics import quantiles
@@ -21,29 +20,29 @@ class Contender(Protocol):
 
 
 def interleaved(contenders: Sequence[Contender], seconds: float, progress: Callable[[float], None]) -> Samples:
-    """Rounds over all contenders, each starting with another one, for `seconds`; `progress` gets the part done.
+    """Rounds over all contenders, each starting with another one, until the first has used its share of `seconds`.
 
-    A contender that has used up its share of the time sits out: a slow one shall not leave the others few rounds.
+    Slower contenders sit out once they have used up theirs, but for a few rounds. `progress` gets the part done.
     """
     samples: Samples = defaultdict(list)
     used: dict[str, float] = defaultdict(float)
+    share = seconds / len(contenders)
     gc.collect()
     gc.disable()
     try:
-        start = time.perf_counter()
         rounds = 0
         done = 0.0
         while done < 1:
             first = rounds % len(contenders)
             for contender in (*contenders[first:], *contenders[:first]):
-                if rounds >= WARM_UP_ROUNDS + MIN_ROUNDS and used[contender.name] > seconds / len(contenders):
+                if rounds >= WARM_UP_ROUNDS + MIN_ROUNDS and used[contender.name] > share:
                     continue
                 for kind, taken in contender.round().items():
                     used[contender.name] += taken
                     if rounds >= WARM_UP_ROUNDS:
                         samples[kind, contender.name].append(taken)
             rounds += 1
-            done = min((time.perf_counter() - start) / seconds, rounds / (WARM_UP_ROUNDS + MIN_ROUNDS))
+            done = min(used[contenders[0].name] / share, rounds / (WARM_UP_ROUNDS + MIN_ROUNDS))
             progress(min(done, 1))
     finally:
         gc.enable()
