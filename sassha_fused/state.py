@@ -29,6 +29,31 @@ class Member:
     index: int
 
 
+class Steps:
+    """How many steps each row has taken; one more for all rows costs no more than one for a single row."""
+
+    def __init__(self, steps: Sequence[int]) -> None:
+        self._rows = list(steps)
+        self._common = 0
+        self._distinct = set(steps)
+
+    def __getitem__(self, row: int) -> int:
+        return self._rows[row] + self._common
+
+    def distinct(self) -> set[int]:
+        """The different counts there are."""
+        return {steps + self._common for steps in self._distinct}
+
+    def count(self, rows: Sequence[int] | None) -> None:
+        """One more step for these rows, or for all."""
+        if rows is None:
+            self._common += 1
+            return
+        for row in rows:
+            self._rows[row] += 1
+        self._distinct = set(self._rows)
+
+
 class Bucket:
     """The parameters of one group, device and dtype that have state, and the flat buffers that hold it.
 
@@ -58,7 +83,7 @@ class Bucket:
         self.backup = torch.zeros(total, dtype=first.dtype, device=first.device)
         self.counts = torch.zeros((len(members), 2), dtype=torch.int64, device=first.device)
         self.skipped = torch.zeros(1, dtype=torch.int64, device=first.device)
-        self.steps = list(steps)
+        self.steps = Steps(steps)
         for row, state in enumerate(states):
             if state:
                 for name, view in self.state_of(row).items():
@@ -145,7 +170,7 @@ class Selection:
         """The positions whose next step is a Hessian step: (t - 1) mod k == 0 or t <= hessian_warmup."""
         interval, warmup = self.group["hessian_interval"], self.group["hessian_warmup"]
         steps = self.bucket.steps
-        due = {done for done in set(steps) if done % interval == 0 or done < warmup}
+        due = {done for done in steps.distinct() if done % interval == 0 or done < warmup}
         return [i for i, row in enumerate(self.rows) if steps[row] in due] if due else []
 
     def check_fit(self) -> None:
@@ -160,12 +185,7 @@ class Selection:
 
     def count_step(self) -> None:
         """Counts one more step of these parameters on the host."""
-        steps = self.bucket.steps
-        if self.rows is self.bucket.rows:
-            self.bucket.steps = [step + 1 for step in steps]
-        else:
-            for row in self.rows:
-                steps[row] += 1
+        self.bucket.steps.count(None if self.rows is self.bucket.rows else self.rows)
 
     def backups(self) -> list[Tensor]:
         """The parts of the bucket's backup that belong to these parameters."""
@@ -229,7 +249,7 @@ class Buckets(list[tuple[Bucket, dict[str, Any]]]):
             ValueError: the first gradient of a parameter is sparse or of another shape, dtype or device.
         """
         # Read from the state only where no bucket knows: a device's counts would have to be waited for.
-        counted = {param: steps for bucket, _ in self for param, steps in zip(bucket.params, bucket.steps, strict=True)}
+        counted = {param: bucket.steps[row] for bucket, _ in self for row, param in enumerate(bucket.params)}
         made: list[tuple[Bucket, dict[str, Any]]] = []
         stateless: list[Tensor] = []
         index = 0
