@@ -280,13 +280,19 @@ class Sassha(Optimizer):
             if loss.numel() != 1:
                 raise ValueError(f"closure must return a scalar loss, got a tensor of shape {tuple(loss.shape)}")
             if all(param.grad is None for param in params):
-                if loss.requires_grad:
-                    _backward(loss, create_graph)
-                elif any(map(_REQUIRES_GRAD, params)):
+                trainable = any(map(_REQUIRES_GRAD, params))
+                if trainable and not loss.requires_grad:
                     raise ValueError(
                         "closure must return a loss that requires grad, or call loss.backward() itself; got one "
                         "that was detached or computed under torch.no_grad()"
                     )
+                try:
+                    if loss.requires_grad:
+                        _backward(loss, create_graph)
+                except RuntimeError as error:
+                    # Where all is frozen, a closure that runs backward itself leaves nothing to know it by.
+                    if trainable or "backward through the graph a second time" not in str(error):
+                        raise
         return loss.detach()
 
     def _finish_step(self, losses: Sequence[Tensor]) -> None:
@@ -622,15 +628,10 @@ def _guard(scalar: Tensor) -> Tensor:
 
 
 def _backward(loss: Tensor, create_graph: bool) -> None:
-    """Runs backward, unless the closure that made the loss has done so without reaching any parameter."""
-    try:
-        with warnings.catch_warnings():
-            # The cycle it warns of is broken as soon as the products are taken.
-            warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
-            loss.backward(create_graph=create_graph)
-    except RuntimeError as error:
-        if "backward through the graph a second time" not in str(error):
-            raise
+    with warnings.catch_warnings():
+        # The cycle it warns of is broken as soon as the products are taken.
+        warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
+        loss.backward(create_graph=create_graph)
 
 
 @contextmanager
