@@ -1,6 +1,7 @@
 """Times contenders in turns within one run, so that a drifting machine slows all of them alike."""
 
 import gc
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from statistics import quantiles
@@ -37,10 +38,12 @@ def interleaved(contenders: Sequence[Contender], seconds: float, progress: Calla
             for contender in (*contenders[first:], *contenders[:first]):
                 if rounds >= WARM_UP_ROUNDS + MIN_ROUNDS and used[contender.name] > share:
                     continue
-                for kind, taken in contender.round().items():
-                    used[contender.name] += taken
+                start = time.perf_counter()
+                taken = contender.round()
+                used[contender.name] += time.perf_counter() - start
+                for kind, seconds_taken in taken.items():
                     if rounds >= WARM_UP_ROUNDS:
-                        samples[kind, contender.name].append(taken)
+                        samples[kind, contender.name].append(seconds_taken)
             rounds += 1
             done = min(used[contenders[0].name] / share, rounds / (WARM_UP_ROUNDS + MIN_ROUNDS))
             progress(min(done, 1))
