@@ -10,7 +10,6 @@
 #include "cpu/dtypes.h"
 #include "cpu/ranges.h"
 #include "cpu/tiles.h"
-#include "math/portable.h"
 
 namespace sassha::cpu {
 
@@ -20,14 +19,14 @@ constexpr int kLanes = 16;
 constexpr int64_t kAhead = 8 * kLanes;
 
 template <class P, bool kAdaptive>
-SASSHA_HOST_DEVICE double term(const P* g, const P* w, int64_t i) {
+inline double term(const P* g, const P* w, int64_t i) {
   const double gradient = static_cast<Compute<P>>(g[i]);
   const double x = kAdaptive ? gradient * static_cast<Compute<P>>(w[i]) : gradient;
   return x * x;
 }
 
 template <class P, bool kAdaptive>
-SASSHA_HOST_DEVICE void add_terms(double* lane, const P* g, const P* w, int64_t start) {
+inline void add_terms(double* lane, const P* g, const P* w, int64_t start) {
   prefetch(g + start + kAhead, kLanes * sizeof(P));
   if (kAdaptive) prefetch(w + start + kAhead, kLanes * sizeof(P));
   for (int l = 0; l < kLanes; ++l) lane[l] += term<P, kAdaptive>(g, w, start + l);
