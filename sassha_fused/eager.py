@@ -172,7 +172,7 @@ def update_(
         if products:
             new_hessian = (hessian.double() * beta2 + products[i].double().abs() * (1 - beta2)).to(dtype)
         root = _raise((new_hessian.double() * correction).to(dtype), hessian_power)
-        denominator = root + torch.tensor(eps, dtype=dtype, device=root.device)
+        denominator = root + eps
         direction = (new_average / denominator).double()
         new = (old.double() * decay - step_size * direction).to(dtype)
 
