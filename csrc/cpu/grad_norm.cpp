@@ -12,7 +12,7 @@ Tensor grad_norm(StableListHandle grad_list, StableListHandle param_list, bool a
   STD_TORCH_CHECK(!grads.empty(), "grads is empty");
   STD_TORCH_CHECK(alone || grads.dtype() == params.dtype(), "grads and params differ in dtype");
   Tensor norm = torch::stable::new_empty(grads.tensor(0), {}, ScalarType::Double);
-  *static_cast<double*>(norm.mutable_data_ptr()) = adaptive ? norm_of(grads, &params) : norm_of(grads);
+  *static_cast<double*>(norm.mutable_data_ptr()) = norm_of(grads, adaptive ? &params : nullptr);
   return norm;
 }
 

@@ -48,7 +48,7 @@ void perturb_(StableListHandle param_list, StableListHandle grad_list, Tensor ba
   check_scalar(norm, "norm");
   const ElementRanges ranges(params);
   double& gradient_norm = *static_cast<double*>(norm.mutable_data_ptr());
-  if (measure) gradient_norm = adaptive ? norm_of(grads, &params) : norm_of(grads);
+  if (measure) gradient_norm = norm_of(grads, adaptive ? &params : nullptr);
   with_dtype(params.dtype(), [&](auto zero) {
     using P = decltype(zero);
     P* backups = static_cast<P*>(backup.mutable_data_ptr());
