@@ -17,7 +17,8 @@ from torch.optim.optimizer import Optimizer
 from . import hvp as hessian_products
 from .interrupts import uninterrupted
 from .ops import check_backend
-from .state import TENSOR_STATES, Buckets, Selection
+from .saved import AsSaved, check_and_protect
+from .state import Buckets, Selection
 from .validation import DTYPES, check_choice, check_gradients, check_hyperparameters, check_parameter
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
@@ -49,13 +50,6 @@ class _Verdict:
     skipped: Tensor
     selections: list[Selection]
     evaluated: bool
-
-
-class _AsSaved:
-    """Carries one parameter's state through Optimizer.load_state_dict, which would cast it to the parameter's dtype."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self.state = state
 
 
 class Sassha(Optimizer):
@@ -319,24 +313,7 @@ class Sassha(Optimizer):
             if perturbation is not None:
                 guards.append(self._norm([selection for selection, _ in parts]))
             guards += [selection.bucket.operators.grad_norm(found, (), False) for selection, found in parts if found]
-        with uninterrupted(), _explained([selection for selection, _ in parts]):
-            passes = [self._update_pass(*part, guards, guard_grads=alone) for part in parts]
-            if perturbation is None or not perturbation.active:
-                for selection, _ in parts:
-                    torch._foreach_copy_(selection.backups(), list(selection.params))
-            else:
-                self._put_back_bystanders(perturbation, parts)
-            try:
-                for update in passes:
-                    update()
-            except BaseException:
-                self._put_back([selection for selection, _ in parts])
-                # Should one bucket's update have gone through before another's failed, its state knows its counts.
-                self._buckets = Buckets(self._backend)
-                raise
-            taken = [selection.holding(()) for selection, _ in parts]
-            self._verdict = _Verdict(taken[0].bucket.skipped, taken, any(products for _, products in parts))
-            self._close()
+        self._update_all(parts, guards, guard_grads=alone)
         if perturbation is not None:
             first = parts[0][0].grads[0]
             self._used = (weakref.ref(first), first._version)
@@ -378,6 +355,28 @@ class Sassha(Optimizer):
             group["maximize"],
         )
         selection.wrote_params()
+
+    def _update_all(self, parts: Sequence[Part], guards: Sequence[Tensor], guard_grads: bool) -> None:
+        """From w' to the new weights; where an update fails, back to w."""
+        perturbation = self._perturbation
+        with uninterrupted(), _explained([selection for selection, _ in parts]):
+            passes = [self._update_pass(*part, guards, guard_grads) for part in parts]
+            if perturbation is None or not perturbation.active:
+                for selection, _ in parts:
+                    torch._foreach_copy_(selection.backups(), list(selection.params))
+            else:
+                self._put_back_bystanders(perturbation, parts)
+            try:
+                for update in passes:
+                    update()
+            except BaseException:
+                self._put_back([selection for selection, _ in parts])
+                # Should one bucket's update have gone through before another's failed, its state knows its counts.
+                self._buckets = Buckets(self._backend)
+                raise
+            taken = [selection.holding(()) for selection, _ in parts]
+            self._verdict = _Verdict(taken[0].bucket.skipped, taken, any(products for _, products in parts))
+            self._close()
 
     def _update_pass(
         self, selection: Selection, products: Sequence[Tensor], guards: Sequence[Tensor], guard_grads: bool
@@ -596,7 +595,7 @@ class Sassha(Optimizer):
         """
         self.restore()
         # Registered last, so that it sees what the user's hooks made of the state_dict.
-        handle = self.register_load_state_dict_pre_hook(_check_and_protect)
+        handle = self.register_load_state_dict_pre_hook(check_and_protect)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -609,7 +608,7 @@ class Sassha(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for param, saved in self.state.items():
-            if isinstance(saved, _AsSaved):
+            if isinstance(saved, AsSaved):
                 self.state[param] = dict(saved.state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -645,21 +644,3 @@ def _explained(selections: Sequence[Selection]) -> Iterator[None]:
             check_gradients(selection.params, selection.grads)
             selection.check_fit()
         raise
-
-
-def _check_and_protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Refuses a state that is not Sassha's or not of these parameters; wraps each against a change of dtype."""
-    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    shapes = {key: param.shape for key, param in zip(keys, params, strict=False)}
-    for key, state in state_dict["state"].items():
-        missing = [name for name in TENSOR_STATES if name not in state]
-        if missing:
-            raise ValueError(f"state_dict: the state of parameter {key!r} has no {', '.join(missing)}: is it Sassha's?")
-        for name in ("exp_avg", "exp_hessian"):
-            if key in shapes and state[name].shape != shapes[key]:
-                raise ValueError(
-                    f"state_dict: {name} of parameter {key!r} has shape {tuple(state[name].shape)}, the parameter "
-                    f"{tuple(shapes[key])}"
-                )
-    return {**state_dict, "state": {key: _AsSaved(state) for key, state in state_dict["state"].items()}}

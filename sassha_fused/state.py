@@ -178,11 +178,6 @@ class Selection:
         for row, param in zip(self.rows, self.params, strict=True):
             _check_fit(param, self.bucket.layouts[row][0])
 
-    def is_at_home(self) -> bool:
-        """Whether the first of these parameters still has the dtype and device of its bucket."""
-        param = self.params[0]
-        return param.dtype == self.bucket.dtype and param.device == self.bucket.device
-
     def count_step(self) -> None:
         """Counts one more step of these parameters on the host."""
         self.bucket.steps.count(None if self.rows is self.bucket.rows else self.rows)
@@ -219,7 +214,7 @@ class Buckets(list[tuple[Bucket, dict[str, Any]]]):
         if self.stale or self._outdated(groups, states):
             self.pack(groups, states)
         selections = self._with_gradients()
-        if not all(selection.is_at_home() for selection in selections):
+        if not all(selection.bucket.is_current(selection.rows[0]) for selection in selections):
             self.pack(groups, states)
             selections = self._with_gradients()
         return selections
@@ -248,8 +243,15 @@ class Buckets(list[tuple[Bucket, dict[str, Any]]]):
         Raises:
             ValueError: the first gradient of a parameter is sparse or of another shape, dtype or device.
         """
-        # Read from the state only where no bucket knows: a device's counts would have to be waited for.
         counted = {param: bucket.steps[row] for bucket, _ in self for row, param in enumerate(bucket.params)}
+
+        def taken(param: Tensor) -> int:
+            state = states.get(param)
+            if not state:
+                return 0
+            # Read from the state only where no bucket knows: a device's counts would have to be waited for.
+            return counted[param] if param in counted else int(state["step"])
+
         made: list[tuple[Bucket, dict[str, Any]]] = []
         stateless: list[Tensor] = []
         index = 0
@@ -267,10 +269,12 @@ class Buckets(list[tuple[Bucket, dict[str, Any]]]):
                 index += param.numel()
             for chosen in members.values():
                 params = [member.param for member in chosen]
-                steps = [
-                    (counted[p] if p in counted else int(states[p]["step"])) if states.get(p) else 0 for p in params
-                ]
-                made.append((Bucket(chosen, [states.get(p, {}) for p in params], steps, self.backend), group))
+                made.append(
+                    (
+                        Bucket(chosen, [states.get(p, {}) for p in params], [taken(p) for p in params], self.backend),
+                        group,
+                    )
+                )
         for bucket, _ in made:
             for row, param in enumerate(bucket.params):
                 states[param] = {**states.get(param, {}), **bucket.state_of(row)}

@@ -1,0 +1,34 @@
+"""What load_state_dict is given: checked against the parameters, and carried past torch's casts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim.optimizer import Optimizer
+
+from .state import TENSOR_STATES
+
+
+class AsSaved:
+    """Carries one parameter's state through Optimizer.load_state_dict, which would cast it to the parameter's dtype."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+def check_and_protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Refuses a state that is not Sassha's or not of these parameters; wraps each against a change of dtype."""
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    shapes = {key: param.shape for key, param in zip(keys, params, strict=False)}
+    for key, state in state_dict["state"].items():
+        missing = [name for name in TENSOR_STATES if name not in state]
+        if missing:
+            raise ValueError(f"state_dict: the state of parameter {key!r} has no {', '.join(missing)}: is it Sassha's?")
+        for name in ("exp_avg", "exp_hessian"):
+            if key in shapes and state[name].shape != shapes[key]:
+                raise ValueError(
+                    f"state_dict: {name} of parameter {key!r} has shape {tuple(state[name].shape)}, the parameter "
+                    f"{tuple(shapes[key])}"
+                )
+    return {**state_dict, "state": {key: AsSaved(state) for key, state in state_dict["state"].items()}}
