@@ -294,6 +294,12 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:
     assert torch.equal(a, b), f"{what}: {int((a != b).sum())} of {a.numel()} elements differ in some bit"
 
 
+def assert_same_case(actual: Case, expected: Case) -> None:
+    for name, tensors in actual.tensors().items():
+        for i, (t, other) in enumerate(zip(tensors, expected.tensors()[name], strict=True)):
+            assert_same_bits(t, other, f"{name} {i}")
+
+
 def assert_untouched(after: Case, before: Case, *, but: Sequence[str] = ()) -> None:
     """Of all memory, only the elements of the named arguments' parts may have changed."""
     for name, found in after.tensors().items():

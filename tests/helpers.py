@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sassha_fused import Sassha
+from tests.cases import threads
 
 BACKENDS = ("cpu", "eager")
 
@@ -45,6 +46,12 @@ class Problem:
         self.steps += 1
         return loss
 
+    def perturb(self) -> None:
+        """The first half of a step in a hand-written loop."""
+        self.opt.zero_grad()
+        self.loss().backward()
+        self.opt.perturb()
+
     def train(self, count: int, style: str = "closure") -> Problem:
         """Takes several steps."""
         for _ in range(count):
@@ -57,10 +64,23 @@ class Problem:
         return {"weights": weights(self.params), **state}
 
 
+def continued(problem: Problem, state: dict[str, Any], **options: Any) -> Problem:
+    """Another process that goes on where this one stood: the same weights, and this state."""
+    other = Problem(**options)
+    other.model.load_state_dict(problem.model.state_dict())
+    other.opt.load_state_dict(state)
+    other.steps = problem.steps
+    return other
+
+
 @functools.cache
 def undisturbed(kind: type[Problem], backend: str, count: int) -> dict[str, Any]:
     """The snapshot after some steps that nothing disturbs; read it only."""
     return kind(backend).train(count).snapshot()
+
+
+def parameter(*values: float, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(values, dtype=dtype))
 
 
 def weights(params: Iterable[Tensor]) -> list[Tensor]:
@@ -111,10 +131,8 @@ STYLES: dict[str, Callable[[Sassha, Callable[[], Tensor]], Tensor]] = {
 
 def single_threaded() -> Iterator[None]:
     """Body of a fixture: threads of torch's own cost more than they save in small tests on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 def assert_same(actual: Any, expected: Any, where: str = "") -> None:

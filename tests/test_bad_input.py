@@ -13,15 +13,21 @@ from torch import Tensor, nn
 
 from sassha_fused import Sassha, available_backends, eager, ops
 from sassha_fused.validation import check_gradients
-from tests.helpers import BACKENDS, STYLES, Problem, assert_differ, assert_same, backward, undisturbed, weights
+from tests.helpers import (
+    BACKENDS,
+    STYLES,
+    Problem,
+    assert_differ,
+    assert_same,
+    backward,
+    parameter,
+    undisturbed,
+    weights,
+)
 
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 all_styles = pytest.mark.parametrize("style", STYLES)
 NAN, INF = math.nan, math.inf
-
-
-def parameter(*values: float, dtype: torch.dtype = torch.float32) -> nn.Parameter:
-    return nn.Parameter(torch.tensor(values, dtype=dtype))
 
 
 @contextmanager
@@ -437,9 +443,7 @@ def test_a_step_without_gradients_after_a_step_is_no_error(backend: str) -> None
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_second_perturb_is_refused_and_the_step_goes_on(backend: str, steps: int) -> None:
     problem, undisturbed = Problem(backend).train(steps), Problem(backend).train(steps + 1)
-    problem.opt.zero_grad()
-    problem.loss().backward()
-    problem.opt.perturb()
+    problem.perturb()
     there = weights(problem.params)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"perturb\(\) called twice"):
@@ -714,9 +718,7 @@ def test_a_skip_without_perturb_leaves_no_trace(backend: str) -> None:
 def test_a_skip_after_an_early_restore_leaves_no_trace(backend: str) -> None:
     problem = Problem(backend).train(3)
     before = problem.snapshot()
-    problem.opt.zero_grad()
-    problem.loss().backward()
-    problem.opt.perturb()
+    problem.perturb()
     backward(problem.loss() + SpoiledProduct.apply(problem.params[1]), create_graph=True)
     problem.opt.restore()
     problem.opt.step()

@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,6 +29,7 @@ from tests.cases import (
     threads,
     whole,
 )
+from tests.helpers import single_threaded
 from tests.reference import (
     ReferenceSassha,
     formula_norm,
@@ -42,11 +43,8 @@ from tests.reference import (
 STEPS = 12
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """What more threads do is a test of its own."""
-    with threads(1):
-        yield
+# What more threads do is a test of its own.
+one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
 
 
 class Network(nn.Module):

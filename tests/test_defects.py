@@ -9,15 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sassha_fused import Sassha
-from tests.helpers import BACKENDS, STYLES, Problem, assert_differ, assert_same, backward, weights
+from tests.helpers import BACKENDS, STYLES, Problem, assert_differ, assert_same, backward, continued, parameter, weights
 from tests.reference import signs
 
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 all_styles = pytest.mark.parametrize("style", STYLES)
-
-
-def parameter(*values: float, dtype: torch.dtype = torch.float32) -> nn.Parameter:
-    return nn.Parameter(torch.tensor(values, dtype=dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,15 +89,6 @@ def test_2_defaults_are_the_published_ones() -> None:
 # 4
 
 
-def resumed(problem: Problem, state: dict[str, Any], **options: Any) -> Problem:
-    """Another process that goes on where this one stood."""
-    other = Problem(**options)
-    other.model.load_state_dict(problem.model.state_dict())
-    other.opt.load_state_dict(state)
-    other.steps = problem.steps
-    return other
-
-
 def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     file = io.BytesIO()
     torch.save(state, file)
@@ -118,7 +105,7 @@ def test_4_a_resumed_run_is_bitwise_the_uninterrupted_one_from_any_step(
     options = {"backend": backend, "bias_correction": correction, "hessian_samples": 3, "hessian_warmup": 2}
     whole = Problem(**options)
     whole.train(stop)
-    other = resumed(whole, through_a_file(whole.opt.state_dict()), **options)
+    other = continued(whole, through_a_file(whole.opt.state_dict()), **options)
     for _ in range(7):
         whole.step()
         other.step()
@@ -132,7 +119,7 @@ def test_4_a_run_resumed_before_every_step_is_bitwise_the_uninterrupted_one(back
     whole, other = Problem(**options), Problem(**options)
     for style in ("phase", "closure", "standard") * 3:
         whole.step(style)
-        other = resumed(other, through_a_file(other.opt.state_dict()), **options)
+        other = continued(other, through_a_file(other.opt.state_dict()), **options)
         other.step(style)
     assert_same(weights(other.params), weights(whole.params))
     assert_same(other.snapshot()["state"], whole.snapshot()["state"])

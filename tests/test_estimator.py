@@ -1,7 +1,6 @@
 """Hutchinson's estimate of the Hessian's diagonal: its mean and variance, on quadratics with a known Hessian."""
 
 import functools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,7 +8,8 @@ from torch import Tensor, nn
 
 from sassha_fused import Sassha
 from tests.backends import BACKENDS, each_backend
-from tests.cases import Recorder, threads
+from tests.cases import Recorder
+from tests.helpers import single_threaded
 
 SHAPES = ((3,), (), (2, 3))
 SIZE = 10
@@ -17,11 +17,8 @@ SIZE = 10
 SIGMAS = 5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: a second thread costs more than it does."""
-    with threads(1):
-        yield
+# Small tensors: a second thread costs more than it does.
+one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
 
 
 @functools.cache

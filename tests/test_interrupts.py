@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import sassha_fused
 from sassha_fused import Sassha, eager
 from sassha_fused.interrupts import uninterrupted
-from tests.helpers import BACKENDS, Problem, assert_differ, assert_same, backward, undisturbed, weights
+from tests.helpers import BACKENDS, Problem, assert_differ, assert_same, backward, continued, undisturbed, weights
 
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 STEPS = pytest.mark.parametrize("steps", [0, 1, 3], ids=["first step", "lazy step", "Hessian step"])
@@ -95,9 +95,7 @@ def test_an_error_in_a_hand_written_loop_is_healed_by_the_next_call(
 ) -> None:
     problem = Problem(backend).train(steps)
     before = weights(problem.params)
-    problem.opt.zero_grad()
-    problem.loss().backward()
-    problem.opt.perturb()
+    problem.perturb()
     assert_differ(weights(problem.params), before)
     with pytest.raises(KeyboardInterrupt):
         PLACES[place](problem.loss(), KeyboardInterrupt()).backward(create_graph=problem.opt.hessian_due)
@@ -130,9 +128,7 @@ def test_a_failed_hessian_product_in_a_hand_written_loop_is_healed_by_the_next_c
 ) -> None:
     problem = Problem(backend).train(steps)
     before = weights(problem.params)
-    problem.opt.zero_grad()
-    problem.loss().backward()
-    problem.opt.perturb()
+    problem.perturb()
     backward(in_double_backward(problem.loss(), MemoryError()), create_graph=True)
     with contextlib.suppress(MemoryError) if first != "step" else pytest.raises(MemoryError):
         HEALERS[first](problem.opt)
@@ -148,9 +144,7 @@ def test_a_failed_hessian_product_in_a_hand_written_loop_is_healed_by_the_next_c
 def test_a_state_dict_can_be_saved_right_after_a_hessian_product_ran_out_of_memory(backend: str) -> None:
     problem = Problem(backend).train(3)
     before = problem.snapshot()
-    problem.opt.zero_grad()
-    problem.loss().backward()
-    problem.opt.perturb()
+    problem.perturb()
     backward(in_double_backward(problem.loss(), MemoryError()), create_graph=True)
     with pytest.raises(MemoryError):
         problem.opt.step()
@@ -272,10 +266,7 @@ def test_a_break_between_two_updates_restores_the_weights_and_keeps_the_counts_i
         problem.step()
     assert_same(weights(problem.params), start)
     # What is in the state is what the schedule follows: a restart from it goes the same way.
-    restarted = Problem("eager")
-    restarted.model.load_state_dict(problem.model.state_dict())
-    restarted.opt.load_state_dict(problem.opt.state_dict())
-    restarted.steps = problem.steps
+    restarted = continued(problem, problem.opt.state_dict(), backend="eager")
     assert_same(problem.train(4).snapshot()["state"], restarted.train(4).snapshot()["state"])
     assert_same(weights(problem.params), weights(restarted.params))
 

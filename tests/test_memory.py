@@ -136,9 +136,7 @@ def test_parameters_carry_no_hooks_after_a_step(style: str) -> None:
 def test_parameters_carry_no_hooks_after_a_step_that_was_given_up(ending: str) -> None:
     problem = Problem()
     for _ in range(3):
-        problem.opt.zero_grad()
-        problem.loss().backward()
-        problem.opt.perturb()
+        problem.perturb()
         if ending == "state_dict":
             problem.opt.state_dict()
         elif ending == "closure":

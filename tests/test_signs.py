@@ -1,7 +1,6 @@
 """Random signs: the same known bits on every backend, and random enough for Hutchinson's estimate."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,8 +20,8 @@ from tests.cases import (
     each_dtype,
     make_case,
     many,
-    threads,
 )
+from tests.helpers import single_threaded
 from tests.reference import memory_order, signs
 
 # Philox4x32-10 with key 0 and counter 0 (Salmon et al., SC 2011).
@@ -40,11 +39,8 @@ def signs_of(
     return z.cpu()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """What more threads do is a test of its own."""
-    with threads(1):
-        yield
+# What more threads do is a test of its own.
+one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

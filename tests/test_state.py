@@ -11,23 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from sassha_fused import Sassha
-from tests.helpers import BACKENDS, STYLES, Problem, assert_differ, assert_same, backward, undisturbed, weights
+from tests.helpers import (
+    BACKENDS,
+    STYLES,
+    Problem,
+    assert_differ,
+    assert_same,
+    backward,
+    continued,
+    parameter,
+    undisturbed,
+    weights,
+)
 
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 STATES = ["step", "hessian_step", "exp_avg", "exp_hessian"]
-
-
-def parameter(*values: float, dtype: torch.dtype = torch.float32) -> nn.Parameter:
-    return nn.Parameter(torch.tensor(values, dtype=dtype))
-
-
-def continued(problem: Problem, state: dict[str, Any], **options: Any) -> Problem:
-    """A fresh problem with the same weights and this state."""
-    other = Problem(**options)
-    other.model.load_state_dict(problem.model.state_dict())
-    other.opt.load_state_dict(state)
-    other.steps = problem.steps
-    return other
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,9 +122,7 @@ def test_a_loaded_state_is_a_copy() -> None:
 def test_a_perturbed_optimizer_restores_the_weights_for_its_state_dict(backend: str) -> None:
     problem = Problem(backend).train(1)
     before = problem.snapshot()
-    problem.opt.zero_grad()
-    problem.loss().backward()
-    problem.opt.perturb()
+    problem.perturb()
     assert_differ(weights(problem.params), before["weights"])
     state = problem.opt.state_dict()
     assert_same(weights(problem.params), before["weights"])
@@ -138,9 +134,7 @@ def test_a_perturbed_optimizer_restores_the_weights_for_its_state_dict(backend: 
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_a_state_dict_between_the_second_pass_and_the_step_does_not_change_the_step(backend: str, steps: int) -> None:
     problem = Problem(backend).train(steps)
-    problem.opt.zero_grad()
-    problem.loss().backward()
-    problem.opt.perturb()
+    problem.perturb()
     backward(problem.loss(), create_graph=problem.opt.hessian_due)
     state = copy.deepcopy(problem.opt.state_dict())
     if steps:
@@ -185,9 +179,7 @@ def test_a_copied_optimizer_goes_on_by_itself(backend: str, copied: Callable[[An
 
 def test_a_copy_of_a_perturbed_optimizer_is_restored() -> None:
     problem = Problem().train(1)
-    problem.opt.zero_grad()
-    problem.loss().backward()
-    problem.opt.perturb()
+    problem.perturb()
     twin = copy.deepcopy(problem.opt)
     assert not twin.perturbed
     copies = [param for group in twin.param_groups for param in group["params"]]
@@ -359,9 +351,7 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes(
 def test_loading_into_a_perturbed_optimizer_restores_its_weights_first(backend: str, second_pass: bool) -> None:
     problem = Problem(backend).train(1)
     saved = copy.deepcopy(problem.opt.state_dict())
-    problem.opt.zero_grad()
-    problem.loss().backward()
-    problem.opt.perturb()
+    problem.perturb()
     if second_pass:
         problem.loss().backward()
     problem.opt.load_state_dict(saved)

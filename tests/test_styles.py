@@ -19,6 +19,7 @@ from tests.helpers import (
     assert_differ,
     assert_same,
     backward,
+    parameter,
     single_threaded,
     undisturbed,
     weights,
@@ -37,10 +38,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": torch.bfloat16},
     "float64": {"dtype": torch.float64},
 }
-
-
-def parameter(*values: float, dtype: torch.dtype = torch.float32) -> nn.Parameter:
-    return nn.Parameter(torch.tensor(values, dtype=dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,9 +177,7 @@ def test_hessian_due_is_false_in_the_first_pass_of_a_closure(backend: str) -> No
     for _ in range(3):
         problem.opt.step(closure)
     # Even where a step in the other style was begun and not finished.
-    problem.opt.zero_grad()
-    problem.loss().backward()
-    problem.opt.perturb()
+    problem.perturb()
     backward(problem.loss(), create_graph=True)
     problem.opt.restore()
     problem.opt.step(closure)
@@ -254,9 +249,7 @@ def test_an_early_restore_changes_nothing_in_the_step(backend: str, samples: int
     early, plain = Problem(backend, hessian_samples=samples), Problem(backend, hessian_samples=samples)
     for _ in range(7):
         before = weights(early.params)
-        early.opt.zero_grad()
-        early.loss().backward()
-        early.opt.perturb()
+        early.perturb()
         backward(early.loss(), create_graph=early.opt.hessian_due)
         for _ in range(2):
             early.opt.restore()
@@ -272,9 +265,7 @@ def test_an_early_restore_changes_nothing_in_the_step(backend: str, samples: int
 def test_restore_before_the_second_pass_gives_the_step_up(backend: str, steps: int) -> None:
     problem = Problem(backend).train(steps)
     before = weights(problem.params)
-    problem.opt.zero_grad()
-    problem.loss().backward()
-    problem.opt.perturb()
+    problem.perturb()
     assert_differ(weights(problem.params), before)
     problem.opt.restore()
     problem.opt.step()
@@ -286,9 +277,7 @@ def test_restore_before_the_second_pass_gives_the_step_up(backend: str, steps: i
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_new_perturb_after_restore_gives_the_old_step_up(backend: str, steps: int) -> None:
     problem = Problem(backend).train(steps)
-    problem.opt.zero_grad()
-    problem.loss().backward()
-    problem.opt.perturb()
+    problem.perturb()
     backward(problem.loss(), create_graph=problem.opt.hessian_due)
     problem.opt.restore()
     assert_same(problem.train(4, "phase").snapshot(), undisturbed(Problem, backend, steps + 4))
@@ -301,9 +290,7 @@ def test_a_closure_step_after_perturb_starts_from_the_restored_weights(
     backend: str, steps: int, second_pass: bool
 ) -> None:
     problem = Problem(backend).train(steps)
-    problem.opt.zero_grad()
-    problem.loss().backward()
-    problem.opt.perturb()
+    problem.perturb()
     if second_pass:
         backward(problem.loss(), create_graph=problem.opt.hessian_due)
     assert_same(problem.train(4).snapshot(), undisturbed(Problem, backend, steps + 4))
@@ -321,9 +308,7 @@ def test_restore_and_step_without_a_perturbation_do_nothing() -> None:
 def test_a_graph_from_before_perturb_can_no_longer_be_used() -> None:
     problem = Problem().train(1)
     stale = problem.loss()
-    problem.opt.zero_grad()
-    problem.loss().backward()
-    problem.opt.perturb()
+    problem.perturb()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         stale.backward()
     stale = problem.loss()
@@ -634,7 +619,8 @@ def test_parameters_of_several_dtypes_train_together(backend: str, style: str) -
     for param in params[1:]:
         state = opt.state[param]
         assert (state["exp_avg"].dtype, state["exp_hessian"].dtype) == (torch.float32, torch.float32)
-        torch.testing.assert_close(param.double(), params[0], rtol=0.02, atol=0.02)
+        # Each step rounds the weights once, by half an eps, and not always to the same side.
+        torch.testing.assert_close(param.double(), params[0], rtol=2 * torch.finfo(param.dtype).eps, atol=0)
     assert opt.state[params[0]]["exp_avg"].dtype == torch.float64
 
 
@@ -693,7 +679,7 @@ def test_a_model_converted_between_steps_keeps_its_state(backend: str, style: st
         assert param.dtype == state["exp_avg"].dtype == torch.float64
         assert int(state["step"]) == 4
         assert_same(state["hessian_step"], other_state["hessian_step"])
-        torch.testing.assert_close(param.float(), other, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(param.float(), other, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(state["exp_hessian"].float(), other_state["exp_hessian"])
 
 
@@ -784,7 +770,7 @@ def test_gradients_can_be_clipped_before_either_pass_is_used(backend: str) -> No
     problem.opt.perturb()
     moved = torch.cat([(param.detach() - w).reshape(-1) for param, w in zip(problem.params, before)])
     flat = torch.cat([g.reshape(-1) for g in direction])
-    torch.testing.assert_close(moved, 0.2 * flat / flat.norm(), rtol=1e-2, atol=1e-5)
+    torch.testing.assert_close(moved, 0.2 * flat / flat.norm(), rtol=1e-6, atol=1e-7)
     averages = [problem.opt.state[param]["exp_avg"].clone() for param in problem.params]
     problem.loss().backward()
     clip_grad_norm_(problem.params, 1e-3)
