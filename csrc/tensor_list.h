@@ -75,6 +75,18 @@ class TensorList {
     }
   }
 
+  // Refuses tensors on another device than this one: CUDA kernels would read any address they are given.
+  void check_device(const Tensor& tensor) const {
+    const int32_t type = code(tensor.get(), aoti_torch_get_device_type);
+    const int32_t index = code(tensor.get(), aoti_torch_get_device_index);
+    for (size_t i = 0; i < entries_.size(); ++i) {
+      const AtenTensorHandle handle = entries_[i].handle;
+      STD_TORCH_CHECK(
+          code(handle, aoti_torch_get_device_type) == type && code(handle, aoti_torch_get_device_index) == index,
+          "tensor ", i, " is on another device than the first parameter");
+    }
+  }
+
   // Copies what was written to working copies back to their tensors.
   void write_back() const {
     for (const auto& [i, copy] : copies_) {
@@ -114,10 +126,10 @@ class TensorList {
     STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
     if (size == 0) return;
     dtype_ = tensor(0).scalar_type();
-    const int32_t dtype = code(entries_[0], aoti_torch_get_dtype);
+    const int32_t dtype = code(entries_[0].handle, aoti_torch_get_dtype);
     for (size_t i = 0; i < entries_.size(); ++i) {
       Entry& entry = entries_[i];
-      STD_TORCH_CHECK(code(entry, aoti_torch_get_dtype) == dtype, "tensor ", i,
+      STD_TORCH_CHECK(code(entry.handle, aoti_torch_get_dtype) == dtype, "tensor ", i,
                       " has another dtype than the first of its list");
       describe(entry, entry.handle);
     }
@@ -148,9 +160,9 @@ class TensorList {
     return Tensor(copy);
   }
 
-  static int32_t code(const Entry& entry, AOTITorchError (*get)(AtenTensorHandle, int32_t*)) {
+  static int32_t code(AtenTensorHandle handle, AOTITorchError (*get)(AtenTensorHandle, int32_t*)) {
     int32_t value = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(get(entry.handle, &value));
+    STABLE_TORCH_ERROR_CODE_CHECK(get(handle, &value));
     return value;
   }
 

@@ -1,5 +1,6 @@
 // grad_norm: ||g||, or || |w| . g ||. Reads 4 bytes per float32 element (8 with w).
 
+#include "arguments.h"
 #include "cpu/norm.h"
 
 namespace sassha::cpu {
@@ -9,8 +10,7 @@ Tensor grad_norm(StableListHandle grad_list, StableListHandle param_list, bool a
   const TensorList params(param_list);
   const bool alone = params.empty() && !adaptive;
   const TensorList grads = alone ? TensorList(grad_list) : TensorList(grad_list, params);
-  STD_TORCH_CHECK(!grads.empty(), "grads is empty");
-  STD_TORCH_CHECK(alone || grads.dtype() == params.dtype(), "grads and params differ in dtype");
+  check_grad_norm(params, grads, alone);
   Tensor norm = torch::stable::new_empty(grads.tensor(0), {}, ScalarType::Double);
   *static_cast<double*>(norm.mutable_data_ptr()) = norm_of(grads, adaptive ? &params : nullptr);
   return norm;

@@ -1,6 +1,7 @@
 // hutchinson_: estimate <- estimate + z . Hz, the signs recomputed. Moves 8 (first sample) to 12 bytes per float32
 // element.
 
+#include "arguments.h"
 #include "cpu/dtypes.h"
 #include "cpu/ranges.h"
 #include "cpu/signs.h"
@@ -23,15 +24,11 @@ SASSHA_CLONES void accumulate_tile(const T* __restrict signs, const T* __restric
 }
 
 void hutchinson_(StableListHandle product_list, Tensor estimate, std::vector<int64_t> offsets,
-                 std::vector<int64_t> indices, int64_t seed, int64_t evaluation, int64_t sample, int64_t samples) {
+                 std::vector<int64_t> indices, int64_t seed, Tensor evaluation, int64_t sample, int64_t samples) {
   const TensorList products(product_list);
-  products.check_parts(offsets, estimate);
-  check_indices(indices, products.size());
+  check_hutchinson(products, estimate, offsets, indices, evaluation);
   if (products.empty()) return;
-  check_contiguous(estimate, "estimate");
-  check_dtype(estimate, state_dtype(products.dtype()), "estimate");
-  const SignStream stream{static_cast<uint64_t>(seed), static_cast<uint32_t>(evaluation),
-                          static_cast<uint32_t>(sample)};
+  const SignStream stream = sign_stream(seed, evaluation, sample);
   const bool first = sample == 0;
   const int64_t divisor = sample == samples - 1 ? samples : 1;
   with_dtype(products.dtype(), [&](auto zero) {

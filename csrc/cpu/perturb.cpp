@@ -1,5 +1,6 @@
 // perturb_: backup <- w, w <- w + eps*. Moves 16 bytes per float32 element, and reads 4 more to measure the norm.
 
+#include "arguments.h"
 #include "cpu/dtypes.h"
 #include "cpu/norm.h"
 #include "cpu/ranges.h"
@@ -39,13 +40,8 @@ void perturb_(StableListHandle param_list, StableListHandle grad_list, Tensor ba
               Tensor norm, bool measure, double rho, bool adaptive, bool maximize) {
   const TensorList params(param_list);
   const TensorList grads(grad_list, params);
-  params.check_parts(offsets, backup);
+  check_perturb(params, grads, backup, offsets, norm);
   if (params.empty()) return;
-  STD_TORCH_CHECK(grads.dtype() == params.dtype(), "grads and params differ in dtype");
-  check_dtype(backup, params.dtype(), "backup");
-  check_contiguous(backup, "backup");
-  check_dtype(norm, ScalarType::Double, "norm");
-  check_scalar(norm, "norm");
   const ElementRanges ranges(params);
   double& gradient_norm = *static_cast<double*>(norm.mutable_data_ptr());
   if (measure) gradient_norm = norm_of(grads, adaptive ? &params : nullptr);

@@ -1,5 +1,6 @@
 // rademacher_: the probe z of an exact Hessian product. Writes 4 bytes per float32 element.
 
+#include "arguments.h"
 #include "cpu/dtypes.h"
 #include "cpu/ranges.h"
 #include "cpu/signs.h"
@@ -8,13 +9,13 @@
 namespace sassha::cpu {
 namespace {
 
-void rademacher_(StableListHandle sign_list, std::vector<int64_t> indices, int64_t seed, int64_t evaluation,
+void rademacher_(StableListHandle sign_list, std::vector<int64_t> indices, int64_t seed, Tensor evaluation,
                  int64_t sample) {
   const TensorList signs(sign_list);
   check_indices(indices, signs.size());
+  check_evaluation(evaluation);
   if (signs.empty()) return;
-  const SignStream stream{static_cast<uint64_t>(seed), static_cast<uint32_t>(evaluation),
-                          static_cast<uint32_t>(sample)};
+  const SignStream stream = sign_stream(seed, evaluation, sample);
   const ElementRanges ranges(signs);
   with_dtype(signs.dtype(), [&](auto zero) {
     using P = decltype(zero);

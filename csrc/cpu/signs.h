@@ -1,16 +1,20 @@
 // Rademacher signs for a run of elements.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "cpu/platform.h"
 #include "math/philox.h"
 
 namespace sassha::cpu {
+
+inline SignStream sign_stream(int64_t seed, const torch::stable::Tensor& evaluation, int64_t sample) {
+  const int64_t index = *static_cast<const int64_t*>(evaluation.const_data_ptr());
+  return {static_cast<uint64_t>(seed), static_cast<uint32_t>(index), static_cast<uint32_t>(sample)};
+}
 
 template <class T>
 SASSHA_CLONES void expand_signs(const SignBlock& block, T* signs) {
@@ -18,11 +22,6 @@ SASSHA_CLONES void expand_signs(const SignBlock& block, T* signs) {
     const uint32_t word = block.word[i];
     for (int bit = 0; bit < 32; ++bit) signs[32 * i + bit] = sign_of<T>(word, bit);
   }
-}
-
-inline void check_indices(const std::vector<int64_t>& indices, int64_t tensors) {
-  STD_TORCH_CHECK(static_cast<int64_t>(indices.size()) == tensors, "expected one index per tensor");
-  for (const int64_t index : indices) STD_TORCH_CHECK(index >= 0, "index ", index, " is negative");
 }
 
 // Reads on through a stream of signs, and draws each block once, however short the runs.

@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "arguments.h"
 #include "cpu/dtypes.h"
 #include "cpu/norm.h"
 #include "cpu/ranges.h"
@@ -48,16 +49,16 @@ std::vector<UpdateScalars> advance(int64_t* steps, const std::vector<int64_t>& r
 template <class T, Power kPower, bool kHessianStep>
 SASSHA_CLONES void update_tile(const T* __restrict w, const T* __restrict g, const T* __restrict product,
                                T* __restrict exp_avg, T* __restrict exp_hessian, T* __restrict result, int64_t n,
-                               UpdateScalars s) {
+                               UpdateConstants c, UpdateScalars s) {
   for (int64_t i = 0; i < n; ++i) {
-    exp_avg[i] = averaged_gradient(exp_avg[i], g[i], s);
-    if (kHessianStep) exp_hessian[i] = averaged_hessian(exp_hessian[i], product[i], s);
-    result[i] = updated<T, kPower>(w[i], exp_avg[i], exp_hessian[i], s);
+    exp_avg[i] = averaged_gradient(exp_avg[i], g[i], c);
+    if (kHessianStep) exp_hessian[i] = averaged_hessian(exp_hessian[i], product[i], c);
+    result[i] = updated<T, kPower>(w[i], exp_avg[i], exp_hessian[i], c, s);
   }
 }
 
 template <class T>
-using UpdateTile = void (*)(const T*, const T*, const T*, T*, T*, T*, int64_t, UpdateScalars);
+using UpdateTile = void (*)(const T*, const T*, const T*, T*, T*, T*, int64_t, UpdateConstants, UpdateScalars);
 
 template <class T, bool kHessianStep>
 UpdateTile<T> update_tile_for(Power power) {
@@ -83,7 +84,8 @@ struct UpdateRange {
   T* exp_avg;
   T* exp_hessian;
 
-  void run(int64_t n, UpdateTile<T> update, const UpdateScalars& scalars, bool streaming) const {
+  void run(int64_t n, UpdateTile<T> update, const UpdateConstants& constants, const UpdateScalars& scalars,
+           bool streaming) const {
     for_each_tile(n, [&](int64_t start, int64_t length) {
       T w_tile[kTile], g_tile[kTile], product_tile[kTile];
       prefetch_tile(g, start, n);
@@ -96,7 +98,7 @@ struct UpdateRange {
       const T* old = load(backup + start, w_tile, length);
       const T* gradient = load(g + start, g_tile, length);
       with_result(w + start, length, streaming, [&](T* result) {
-        update(old, gradient, hessian, exp_avg + start, exp_hessian + start, result, length, scalars);
+        update(old, gradient, hessian, exp_avg + start, exp_hessian + start, result, length, constants, scalars);
       });
     });
   }
@@ -111,30 +113,7 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
   const TensorList grads(grad_list, params);
   const bool hessian_step = list_size(product_list) > 0;
   const TensorList products = hessian_step ? TensorList(product_list, params) : TensorList(product_list);
-  params.check_parts(offsets, exp_avg);
-  STD_TORCH_CHECK(backup.numel() == exp_avg.numel() && exp_hessian.numel() == exp_avg.numel(),
-                  "backup, exp_avg and exp_hessian differ in length");
-  check_contiguous(backup, "backup");
-  check_contiguous(exp_avg, "exp_avg");
-  check_contiguous(exp_hessian, "exp_hessian");
-  check_dtype(steps, ScalarType::Long, "steps");
-  check_contiguous(steps, "steps");
-  STD_TORCH_CHECK(steps.dim() == 2 && steps.size(1) == 2, "steps must have the rows (step, hessian_step)");
-  check_dtype(skipped, ScalarType::Long, "skipped");
-  check_scalar(skipped, "skipped");
-  STD_TORCH_CHECK(static_cast<int64_t>(rows.size()) == params.size(), "expected one row per tensor");
-  for (const int64_t row : rows) {
-    STD_TORCH_CHECK(row >= 0 && row < steps.size(0), "row ", row, " is not one of steps");
-  }
-  if (!params.empty()) {
-    const ScalarType state = state_dtype(params.dtype());
-    STD_TORCH_CHECK(grads.dtype() == params.dtype(), "grads and params differ in dtype");
-    STD_TORCH_CHECK(products.empty() || products.dtype() == params.dtype() || products.dtype() == state,
-                    "products and params differ in dtype");
-    check_dtype(backup, params.dtype(), "backup");
-    check_dtype(exp_avg, state, "exp_avg");
-    check_dtype(exp_hessian, state, "exp_hessian");
-  }
+  check_update(params, grads, products, backup, exp_avg, exp_hessian, steps, skipped, offsets, rows);
   const auto unfit = [](const TensorList& tensors) { return !tensors.empty() && !std::isfinite(norm_of(tensors)); };
   const bool finite = all_finite(guards) && !(guard_grads && (unfit(grads) || unfit(products)));
   *static_cast<int64_t*>(skipped.mutable_data_ptr()) = finite ? 0 : 1;
@@ -153,6 +132,7 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
     }
     const Hyperparameters hyperparameters{
         lr_tensor ? scalar(*lr_tensor, "lr_tensor") : lr, beta1, beta2, eps, weight_decay, hessian_power, maximize};
+    const UpdateConstants constants = update_constants(hyperparameters);
     const auto scalars =
         advance(static_cast<int64_t*>(steps.mutable_data_ptr()), rows, hessian_step, step_correction, hyperparameters);
     const auto update = hessian_step ? update_tile_for<T, true>(power_of(hessian_power))
@@ -171,7 +151,7 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
           averages + flat,
           hessians + flat,
       };
-      range.run(end - begin, update, scalars[i], streaming);
+      range.run(end - begin, update, constants, scalars[i], streaming);
     });
   });
   params.write_back();
