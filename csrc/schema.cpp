@@ -1,13 +1,13 @@
 // Every operator's schema, once. Backends register implementations; sassha_fused/eager.py mirrors the argument lists.
 //
 // Lists hold parameters of one device and dtype, and their gradients and products in any strides. State is flat:
-// parameter i's part of every flat buffer starts at element offsets[i] and has its elements in memory order where the
-// parameter is dense, else row-major. indices[i] is the index of its first element among all elements of the optimizer.
-// steps[rows[i]] holds its counts (step, hessian_step).
+// parameter i's part of every flat buffer starts at element offsets[i], a multiple of 128, and has its elements in
+// memory order where the parameter is dense, else row-major. indices[i] is the index of its first element among all
+// elements of the optimizer. steps[rows[i]] holds its counts (step, hessian_step).
 
-#include <torch/csrc/stable/library.h>
+#include "library.h"
 
-STABLE_TORCH_LIBRARY(sassha_fused, m) {
+SASSHA_LIBRARY(SASSHA_NAMESPACE, m) {
   // ||g||, or || |w| . g || if adaptive: a 0-d float64 tensor; non-finite where any element is. params may be left
   // empty where not adaptive; where given, gradients that do not fit them are refused.
   m.def("grad_norm(Tensor[] grads, Tensor[] params, bool adaptive) -> Tensor");
@@ -18,13 +18,14 @@ STABLE_TORCH_LIBRARY(sassha_fused, m) {
       "perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) backup, int[] offsets, Tensor(c!) norm, bool measure, "
       "float rho, bool adaptive, bool maximize) -> ()");
 
-  // signs <- the independent +-1 of Hessian evaluation `evaluation`, sample `sample` (csrc/math/philox.h).
-  m.def("rademacher_(Tensor(a!)[] signs, int[] indices, int seed, int evaluation, int sample) -> ()");
+  // signs <- the independent +-1 of sample `sample` (csrc/math/philox.h) in a Hessian evaluation, whose index is in the
+  // int64 `evaluation`.
+  m.def("rademacher_(Tensor(a!)[] signs, int[] indices, int seed, Tensor evaluation, int sample) -> ()");
 
   // estimate <- (sample == 0 ? 0 : estimate) + z . Hz;  after the last sample: divided by samples. Products lie in the
   // order of the state.
   m.def(
-      "hutchinson_(Tensor[] products, Tensor(a!) estimate, int[] offsets, int[] indices, int seed, int evaluation, "
+      "hutchinson_(Tensor[] products, Tensor(a!) estimate, int[] offsets, int[] indices, int seed, Tensor evaluation, "
       "int sample, int samples) -> ()");
 
   // One step from w = backup (csrc/math/sassha.h). products, if any, are this step's Hessian estimates. Where any of

@@ -72,18 +72,18 @@ def _philox4x32_10(counter: list[Tensor], key: list[int]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def _signs(index: int, count: int, seed: int, evaluation: int, sample: int, device: torch.device) -> Tensor:
+def _signs(index: int, count: int, seed: int, evaluation: Tensor, sample: int, device: torch.device) -> Tensor:
     """The signs of elements index .. index + count as an int64 tensor of +-1."""
     first = index // 128
     blocks = torch.arange(first, (index + count + 127) // 128, device=device)
-    counter = [blocks & _WORD, blocks >> 32, torch.full_like(blocks, evaluation), torch.full_like(blocks, sample)]
+    counter = [blocks & _WORD, blocks >> 32, evaluation.expand_as(blocks), torch.full_like(blocks, sample)]
     words = torch.stack(_philox4x32_10(counter, [seed & _WORD, seed >> 32]), dim=1)
     bits = (words.unsqueeze(-1) >> torch.arange(32, device=device)) & 1
     return bits.flatten()[index - 128 * first :][:count] * 2 - 1
 
 
-def rademacher_(signs: Sequence[Tensor], indices: Sequence[int], seed: int, evaluation: int, sample: int) -> None:
-    """signs <- the independent +-1 of this Hessian evaluation and sample."""
+def rademacher_(signs: Sequence[Tensor], indices: Sequence[int], seed: int, evaluation: Tensor, sample: int) -> None:
+    """signs <- the independent +-1 of this sample in the Hessian evaluation whose index is in evaluation, an int64."""
     for z, index in zip(signs, indices, strict=True):
         values = _signs(index, z.numel(), seed, evaluation, sample, z.device).to(z.dtype)
         z.copy_(view_of(values, 0, z))
@@ -95,7 +95,7 @@ def hutchinson_(
     offsets: Sequence[int],
     indices: Sequence[int],
     seed: int,
-    evaluation: int,
+    evaluation: Tensor,
     sample: int,
     samples: int,
 ) -> None:
@@ -113,7 +113,7 @@ def _raise(x: Tensor, power: float) -> Tensor:
         return x
     # In float64 also for float32: torch's float32 square root on CPU is not always the nearest float.
     exact = x.double()
-    return (exact.sqrt() if power == 0.5 else exact.pow(power)).to(x.dtype)
+    return (exact.sqrt() if power == 0.5 else (exact.log2() * power).exp2()).to(x.dtype)
 
 
 def update_(

@@ -71,29 +71,27 @@ class GraphWatch:
         self._handle.remove()
 
 
-def estimate(
-    source: HessianSource, due: Sequence[Selection], samples: int, seed: int, evaluation: int
-) -> list[list[Tensor]]:
+def estimate(source: HessianSource, due: Sequence[Selection], samples: int, seed: int) -> list[list[Tensor]]:
     r"""Hutchinson's estimate :math:`\frac1S \sum_s z_s \cdot H z_s` of the Hessian's diagonal.
 
     Args:
         source: where the products come from.
-        due: the parameters, with their gradients, that this evaluation concerns.
+        due: the parameters, with their gradients, that this evaluation concerns; the buckets know its index.
         samples: S, the number of probes.
         seed: key of the random signs.
-        evaluation: h, the index of this Hessian evaluation.
 
     Returns:
         For each selection one tensor per parameter, of its shape. With S = 1 the sign is left off: |z Hz| = |Hz|.
     """
     if samples == 1:
-        return _sample(source, due, seed, evaluation, 0, keep_graph=False)
+        return _sample(source, due, seed, 0, keep_graph=False)
     means = [torch.empty_like(selection.bucket.exp_hessian) for selection in due]
     for sample in range(samples):
-        products = _sample(source, due, seed, evaluation, sample, keep_graph=sample < samples - 1)
+        products = _sample(source, due, seed, sample, keep_graph=sample < samples - 1)
         for selection, mean, found in zip(due, means, products, strict=True):
-            selection.bucket.operators.hutchinson_(
-                found, mean, selection.offsets, selection.indices, seed, evaluation, sample, samples
+            bucket = selection.bucket
+            bucket.operators.hutchinson_(
+                found, mean, selection.offsets, selection.indices, seed, bucket.evaluation, sample, samples
             )
         del products, found  # before the next probe takes its memory
     return [
@@ -103,7 +101,7 @@ def estimate(
 
 
 def _sample(
-    source: HessianSource, due: Sequence[Selection], seed: int, evaluation: int, sample: int, keep_graph: bool
+    source: HessianSource, due: Sequence[Selection], seed: int, sample: int, keep_graph: bool
 ) -> list[list[Tensor]]:
     """The products Hz with one probe z, by selection, in the memory order of their parameters."""
     params = [param for selection in due for param in selection.params]
@@ -111,7 +109,7 @@ def _sample(
     probe: list[Tensor] = []
     for selection in due:
         signs = [empty_dense(param) for param in selection.params]
-        selection.bucket.operators.rademacher_(signs, selection.indices, seed, evaluation, sample)
+        selection.bucket.operators.rademacher_(signs, selection.indices, seed, selection.bucket.evaluation, sample)
         probe += signs
     found = source.products(params, gradients, probe, keep_graph)
     products = iter([_in_order_of(z, product) for z, product in zip(probe, found, strict=True)])

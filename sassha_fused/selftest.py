@@ -81,8 +81,9 @@ def _perturb(measure: bool) -> Callable[[_Case, Operators], list[Tensor]]:
 
 
 def _rademacher(case: _Case, backend: Operators) -> list[Tensor]:
-    signs = [torch.empty_like(param) for param in case.bucket.params]
-    backend.rademacher_(signs, case.bucket.indices, 2**40 + 1, 3, 1)
+    bucket = case.bucket
+    signs = [torch.empty_like(param) for param in bucket.params]
+    backend.rademacher_(signs, bucket.indices, 2**40 + 1, bucket.evaluation.fill_(3), 1)
     return signs
 
 
@@ -90,7 +91,7 @@ def _hutchinson(case: _Case, backend: Operators) -> list[Tensor]:
     bucket = case.bucket
     estimate = torch.zeros_like(bucket.exp_hessian)
     for sample in range(3):
-        backend.hutchinson_(case.products, estimate, bucket.offsets, bucket.indices, 5, 0, sample, 3)
+        backend.hutchinson_(case.products, estimate, bucket.offsets, bucket.indices, 5, bucket.evaluation, sample, 3)
     return [estimate]
 
 

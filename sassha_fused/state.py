@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -62,6 +62,7 @@ class Bucket:
         backup: w while the parameters are at w', in their dtype.
         counts: int64 ``[len(params), 2]``, the rows (step, hessian_step), on the device.
         skipped: int64 ``[1]``, 1 where the last update skipped a non-finite step.
+        evaluation: int64, the index of the Hessian evaluation under way.
         steps: the counts "step" once more, on the host, for the schedule.
     """
 
@@ -83,6 +84,7 @@ class Bucket:
         self.backup = torch.zeros(total, dtype=first.dtype, device=first.device)
         self.counts = torch.zeros((len(members), 2), dtype=torch.int64, device=first.device)
         self.skipped = torch.zeros(1, dtype=torch.int64, device=first.device)
+        self.evaluation = torch.zeros((), dtype=torch.int64, device=first.device)
         self.steps = Steps(steps)
         for row, state in enumerate(states):
             if state:
@@ -209,12 +211,16 @@ class Buckets(list[tuple[Bucket, dict[str, Any]]]):
         self._stateless: list[Tensor] = []
         self._packed: list[list[Tensor]] = []
 
-    def select(self, groups: Sequence[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> list[Selection]:
-        """The parameters that have a gradient, by bucket; the first gradient gives a parameter its state."""
-        if self.stale or self._outdated(groups, states):
-            self.pack(groups, states)
-        selections = self._with_gradients()
-        if not all(selection.bucket.is_current(selection.rows[0]) for selection in selections):
+    def select(
+        self, groups: Sequence[dict[str, Any]], states: dict[Tensor, dict[str, Any]], settle: Callable[[], None]
+    ) -> list[Selection]:
+        """The parameters that have a gradient, by bucket; the first gradient gives a parameter its state.
+
+        settle brings the host's counts up to date, which may wait for the device: done only where they are needed.
+        """
+        selections = None if self.stale or self._outdated(groups, states) else self._with_gradients()
+        if selections is None or not all(s.bucket.is_current(s.rows[0]) for s in selections):
+            settle()
             self.pack(groups, states)
             selections = self._with_gradients()
         return selections

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.backends import BACKENDS, BASELINE, each_backend, each_other_backend, operators_of
+from tests.backends import BACKENDS, BASELINE, each_backend, each_other_backend, evaluation_on, operators_of
 from tests.cases import (
     DTYPES,
     GENERAL_POWER_ULPS,
@@ -176,7 +176,7 @@ def check_update(backend: str, before: Case, hessian: bool, lr_tensor: Tensor | 
 
 def run_hutchinson(backend: str, on: Case, seed: int, evaluation: int, sample: int, samples: int) -> None:
     operators_of(backend).hutchinson_(
-        on.products, on.estimate, on.offsets, on.indices, seed, evaluation, sample, samples
+        on.products, on.estimate, on.offsets, on.indices, seed, evaluation_on(backend, evaluation), sample, samples
     )
 
 
@@ -189,7 +189,7 @@ def hutchinson(backend: str, case: Case, seed: int, evaluation: int, sample: int
 
 def run_rademacher(backend: str, on: Case, seed: int, evaluation: int, sample: int) -> None:
     """Writes the signs over the parameters."""
-    operators_of(backend).rademacher_(on.params, on.indices, seed, evaluation, sample)
+    operators_of(backend).rademacher_(on.params, on.indices, seed, evaluation_on(backend, evaluation), sample)
 
 
 def check_hutchinson(backend: str, before: Case, sample: int, samples: int) -> None:

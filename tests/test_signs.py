@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.backends import BACKENDS, each_backend, operators_of
+from tests.backends import BACKENDS, each_backend, evaluation_on, operators_of
 from tests.cases import (
     DTYPES,
     LAYOUTS,
@@ -35,7 +35,7 @@ def signs_of(
     backend: str, index: int, count: int, seed: int, evaluation: int, sample: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     z = torch.full((count,), math.nan, dtype=dtype, device=BACKENDS[backend])
-    operators_of(backend).rademacher_([z], [index], seed, evaluation, sample)
+    operators_of(backend).rademacher_([z], [index], seed, evaluation_on(backend, evaluation), sample)
     return z.cpu()
 
 
@@ -103,7 +103,7 @@ def test_signs_follow_the_memory_of_dense_tensors_and_the_rows_of_others(
     shapes = [(), (1,), (0, 3), (9, 1), (6, 11), (4, 3, 5, 5), (2, 3, 4, 5, 3), (33, 140)]
     before = make_case(dtype, [*(Spec(shape, layout, 1) for shape in shapes), *(Spec((n,), layout, 3) for n in SIZES)])
     case = before.to(BACKENDS[backend])
-    operators_of(backend).rademacher_(case.params, case.indices, 5, 6, 7)
+    operators_of(backend).rademacher_(case.params, case.indices, 5, evaluation_on(backend, 6), 7)
     case = case.to("cpu")
     for z, index in zip(case.params, case.indices, strict=True):
         assert_same_bits(memory_order(z), signs(index, z.numel(), 5, 6, 7).to(dtype), "signs")
@@ -114,7 +114,7 @@ def test_signs_follow_the_memory_of_dense_tensors_and_the_rows_of_others(
 def test_a_thousand_tensors_have_the_signs_of_one(backend: str) -> None:
     tensors = [torch.empty(spec.shape, device=BACKENDS[backend]) for spec in many(1000)]
     starts = torch.tensor([0, *(t.numel() for t in tensors)]).cumsum(0).tolist()
-    operators_of(backend).rademacher_(tensors, starts[:-1], 5, 6, 7)
+    operators_of(backend).rademacher_(tensors, starts[:-1], 5, evaluation_on(backend, 6), 7)
     assert_same_bits(torch.cat(tensors).cpu(), signs(0, starts[-1], 5, 6, 7).float(), "signs")
 
 
@@ -131,7 +131,9 @@ def test_the_estimate_recomputes_the_signs_of_each_sample(
     starts, offsets = [index, index + 300, index + 301], [0, 384, 512]
     estimate = torch.full((1700,), math.nan, dtype=compute_dtype(dtype), device=device)
     for sample in range(samples):
-        operators_of(backend).hutchinson_(ones, estimate, offsets, starts, 5, 6, sample, samples)
+        operators_of(backend).hutchinson_(
+            ones, estimate, offsets, starts, 5, evaluation_on(backend, 6), sample, samples
+        )
     for start, offset, count in zip(starts, offsets, counts, strict=True):
         mean = sum(signs(start, count, 5, 6, sample) for sample in range(samples)) / samples
         assert_same_bits(estimate[offset : offset + count].cpu(), mean.to(estimate.dtype), "estimate")
