@@ -1,0 +1,113 @@
+// The CUDA half's own interface, free of torch and of CUDA headers: torch.cpp calls it, the .cu files implement it.
+//
+// Every function enqueues work on a stream and returns without waiting. Scratch memory comes from the caller.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "math/sassha.h"
+
+namespace sassha::cuda {
+
+enum class Dtype { kDouble, kFloat, kBFloat16, kHalf };
+
+// A list of tensors, each dense and all of one dtype.
+struct Tensors {
+  Dtype dtype;
+  std::vector<void*> data;
+};
+
+// A one-element tensor.
+struct Scalar {
+  const void* data;
+  Dtype dtype;
+};
+
+// Where the work goes.
+struct Target {
+  const char* name;  // of the operator, for error messages
+  void* stream;
+};
+
+// The squares of a list, summed in part by each block of the kernels that read it.
+struct PartialSums {
+  double* sums;
+  int64_t count;
+};
+
+// How many partial sums a pass over tensors of these lengths leaves: at most this many.
+int64_t most_partial_sums(const std::vector<int64_t>& numel);
+
+// Appends the sums of squares of gradients (times weights, where there are any) to partial.
+void sum_squares(const Target& target, const std::vector<int64_t>& numel, const Tensors& grads, const Tensors* weights,
+                 PartialSums& partial);
+
+// norm <- the square root of the whole sum.
+void finish_norm(const Target& target, const PartialSums& partial, double* norm);
+
+struct Perturbation {
+  const std::vector<int64_t>& numel;
+  const std::vector<int64_t>& offsets;
+  const Tensors& params;
+  const Tensors& grads;
+  void* backup;
+  double* norm;         // read; or, where there are partial sums, written
+  PartialSums partial;  // of the gradients, or none
+  double rho;
+  bool adaptive;
+  bool maximize;
+};
+
+void perturb(const Target& target, const Perturbation& arguments);
+
+// What the random signs depend on beside an element's index.
+struct Signs {
+  const std::vector<int64_t>& indices;
+  uint64_t seed;
+  const int64_t* evaluation;
+  uint32_t sample;
+};
+
+void rademacher(const Target& target, const std::vector<int64_t>& numel, const Tensors& signs, const Signs& stream);
+
+struct Estimate {
+  const std::vector<int64_t>& numel;
+  const std::vector<int64_t>& offsets;
+  const Tensors& products;
+  void* estimate;
+  Signs signs;
+  bool first;
+  int64_t divisor;  // the number of samples behind the last one, else 1
+};
+
+void hutchinson(const Target& target, const Estimate& arguments);
+
+// What update_ works out once per step: room for it is scratch_bytes(rows).
+int64_t scratch_bytes(int64_t rows);
+
+struct Update {
+  const std::vector<int64_t>& numel;
+  const std::vector<int64_t>& offsets;
+  const std::vector<int64_t>& rows;
+  const Tensors& params;
+  const Tensors& grads;
+  const Tensors* products;  // on a Hessian step
+  const void* backup;
+  void* exp_avg;
+  void* exp_hessian;
+  int64_t* steps;  // [step_rows][2]
+  int64_t step_rows;
+  int64_t* skipped;
+  const std::vector<Scalar>& guards;
+  bool guard_grads;
+  const Scalar* lr_tensor;  // in place of lr
+  Hyperparameters hyperparameters;
+  bool step_correction;
+  PartialSums partial;  // room for the sums of gradients and products, and one more
+  void* scratch;
+};
+
+void update(const Target& target, const Update& arguments);
+
+}  // namespace sassha::cuda

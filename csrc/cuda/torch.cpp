@@ -1,0 +1,233 @@
+// The operators as torch calls them: arguments taken apart and checked, then handed to the launchers.
+//
+// Scratch memory is torch's own: its allocator keeps it for the stream's order and, while a CUDA graph is captured,
+// takes it from the graph's pool.
+
+#include <optional>
+
+#include "arguments.h"
+#include "cuda/launchers.h"
+#include "cuda/scope.h"
+#include "library.h"
+
+#ifndef SASSHA_DISPATCH_KEY
+#define SASSHA_DISPATCH_KEY CUDA
+#endif
+
+namespace sassha::cuda {
+namespace {
+
+Dtype dtype_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return Dtype::kDouble;
+    case ScalarType::Float:
+      return Dtype::kFloat;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kHalf;
+    default:
+      STD_TORCH_CHECK(false, "parameters must be float64, float32, bfloat16 or float16");
+  }
+}
+
+Tensors memory_of(const TensorList& list) {
+  Tensors tensors{dtype_of(list.dtype()), {}};
+  tensors.data.reserve(list.size());
+  for (int64_t i = 0; i < list.size(); ++i) tensors.data.push_back(list.data<void>(i));
+  return tensors;
+}
+
+std::vector<int64_t> lengths_of(const TensorList& list) {
+  std::vector<int64_t> numel;
+  numel.reserve(list.size());
+  for (int64_t i = 0; i < list.size(); ++i) numel.push_back(list.numel(i));
+  return numel;
+}
+
+Scalar scalar_of(const Tensor& tensor, const char* name) {
+  check_scalar(tensor, name);
+  return {tensor.const_data_ptr(), dtype_of(tensor.scalar_type())};
+}
+
+void check_device(const Tensor& tensor, const Tensor& param, const char* name) {
+  STD_TORCH_CHECK(tensor.device() == param.device(), name, " is on another device than the first parameter");
+}
+
+Tensor scratch(const Tensor& like, int64_t bytes) { return torch::stable::new_empty(like, {bytes}, ScalarType::Byte); }
+
+PartialSums partial_sums(const Tensor& memory) { return {static_cast<double*>(memory.mutable_data_ptr()), 0}; }
+
+int64_t sums_bytes(const std::vector<int64_t>& numel) {
+  return most_partial_sums(numel) * static_cast<int64_t>(sizeof(double));
+}
+
+Tensor grad_norm(StableListHandle grad_list, StableListHandle param_list, bool adaptive) {
+  const TensorList params(param_list);
+  const bool alone = params.empty() && !adaptive;
+  const TensorList grads = alone ? TensorList(grad_list) : TensorList(grad_list, params);
+  check_grad_norm(params, grads, alone);
+  const Tensor first = grads.tensor(0);
+  grads.check_device(first);
+  params.check_device(first);
+  const Scope scope(first);
+  const Target target{"grad_norm", scope.stream()};
+  const auto numel = lengths_of(grads);
+  const Tensor memory = scratch(first, sums_bytes(numel));
+  PartialSums partial = partial_sums(memory);
+  const Tensors gradients = memory_of(grads);
+  const std::optional<Tensors> weights = adaptive ? std::optional(memory_of(params)) : std::nullopt;
+  sum_squares(target, numel, gradients, weights ? &*weights : nullptr, partial);
+  Tensor norm = torch::stable::new_empty(first, {}, ScalarType::Double);
+  finish_norm(target, partial, static_cast<double*>(norm.mutable_data_ptr()));
+  return norm;
+}
+
+void perturb_(StableListHandle param_list, StableListHandle grad_list, Tensor backup, std::vector<int64_t> offsets,
+              Tensor norm, bool measure, double rho, bool adaptive, bool maximize) {
+  const TensorList params(param_list);
+  const TensorList grads(grad_list, params);
+  check_perturb(params, grads, backup, offsets, norm);
+  if (params.empty()) return;
+  const Tensor first = params.tensor(0);
+  params.check_device(first);
+  grads.check_device(first);
+  check_device(backup, first, "backup");
+  check_device(norm, first, "norm");
+  const Scope scope(first);
+  const Target target{"perturb_", scope.stream()};
+  const auto numel = lengths_of(params);
+  const Tensors weights = memory_of(params), gradients = memory_of(grads);
+  const Tensor memory = scratch(first, measure ? sums_bytes(numel) : 0);
+  PartialSums partial = partial_sums(memory);
+  if (measure) sum_squares(target, numel, gradients, adaptive ? &weights : nullptr, partial);
+  perturb(target, {
+                      numel,
+                      offsets,
+                      weights,
+                      gradients,
+                      backup.mutable_data_ptr(),
+                      static_cast<double*>(norm.mutable_data_ptr()),
+                      partial,
+                      rho,
+                      adaptive,
+                      maximize,
+                  });
+  params.write_back();
+}
+
+void rademacher_(StableListHandle sign_list, std::vector<int64_t> indices, int64_t seed, Tensor evaluation,
+                 int64_t sample) {
+  const TensorList signs(sign_list);
+  check_indices(indices, signs.size());
+  check_evaluation(evaluation);
+  if (signs.empty()) return;
+  const Tensor first = signs.tensor(0);
+  signs.check_device(first);
+  check_device(evaluation, first, "evaluation");
+  const Scope scope(first);
+  rademacher({"rademacher_", scope.stream()}, lengths_of(signs), memory_of(signs),
+             {
+                 indices,
+                 static_cast<uint64_t>(seed),
+                 static_cast<const int64_t*>(evaluation.const_data_ptr()),
+                 static_cast<uint32_t>(sample),
+             });
+  signs.write_back();
+}
+
+void hutchinson_(StableListHandle product_list, Tensor estimate, std::vector<int64_t> offsets,
+                 std::vector<int64_t> indices, int64_t seed, Tensor evaluation, int64_t sample, int64_t samples) {
+  const TensorList products(product_list);
+  check_hutchinson(products, estimate, offsets, indices, evaluation);
+  if (products.empty()) return;
+  const Tensor first = products.tensor(0);
+  products.check_device(first);
+  check_device(estimate, first, "estimate");
+  check_device(evaluation, first, "evaluation");
+  const Scope scope(first);
+  hutchinson({"hutchinson_", scope.stream()}, {
+                                                  lengths_of(products),
+                                                  offsets,
+                                                  memory_of(products),
+                                                  estimate.mutable_data_ptr(),
+                                                  {
+                                                      indices,
+                                                      static_cast<uint64_t>(seed),
+                                                      static_cast<const int64_t*>(evaluation.const_data_ptr()),
+                                                      static_cast<uint32_t>(sample),
+                                                  },
+                                                  sample == 0,
+                                                  sample == samples - 1 ? samples : 1,
+                                              });
+}
+
+void update_(StableListHandle param_list, StableListHandle grad_list, StableListHandle product_list, Tensor backup,
+             Tensor exp_avg, Tensor exp_hessian, Tensor steps, Tensor skipped, std::vector<int64_t> offsets,
+             std::vector<int64_t> rows, std::vector<Tensor> guards, bool guard_grads, std::optional<Tensor> lr_tensor,
+             double lr, double beta1, double beta2, double eps, double weight_decay, double hessian_power,
+             bool step_correction, bool maximize) {
+  const TensorList params(param_list);
+  const TensorList grads(grad_list, params);
+  const bool hessian_step = list_size(product_list) > 0;
+  const TensorList products = hessian_step ? TensorList(product_list, params) : TensorList(product_list);
+  check_update(params, grads, products, backup, exp_avg, exp_hessian, steps, skipped, offsets, rows);
+  for (const TensorList* list : {&params, &grads, &products}) list->check_device(steps);
+  for (const auto& [tensor, name] : {std::pair(&backup, "backup"), std::pair(&exp_avg, "exp_avg"),
+                                     std::pair(&exp_hessian, "exp_hessian"), std::pair(&skipped, "skipped")}) {
+    check_device(*tensor, steps, name);
+  }
+  std::vector<Scalar> guard_scalars;
+  for (const Tensor& guard : guards) {
+    check_device(guard, steps, "a guard");
+    guard_scalars.push_back(scalar_of(guard, "a guard"));
+  }
+  std::optional<Scalar> rate;
+  if (lr_tensor) {
+    check_device(*lr_tensor, steps, "lr_tensor");
+    rate = scalar_of(*lr_tensor, "lr_tensor");
+  }
+  const Scope scope(steps);
+  const auto numel = lengths_of(params);
+  const Dtype dtype = dtype_of(exp_avg.scalar_type());
+  const auto memory = [&](const TensorList& list) { return list.empty() ? Tensors{dtype, {}} : memory_of(list); };
+  const Tensors product_memory = memory(products);
+  // Gradients, products, and a launch for every few guards.
+  const Tensor sums =
+      scratch(steps, 2 * sums_bytes(numel) + static_cast<int64_t>((guards.size() + 1) * sizeof(double)));
+  const Tensor prepared = scratch(steps, scratch_bytes(steps.size(0)));
+  update({"update_", scope.stream()}, {
+                                          numel,
+                                          offsets,
+                                          rows,
+                                          memory(params),
+                                          memory(grads),
+                                          hessian_step ? &product_memory : nullptr,
+                                          backup.const_data_ptr(),
+                                          exp_avg.mutable_data_ptr(),
+                                          exp_hessian.mutable_data_ptr(),
+                                          static_cast<int64_t*>(steps.mutable_data_ptr()),
+                                          steps.size(0),
+                                          static_cast<int64_t*>(skipped.mutable_data_ptr()),
+                                          guard_scalars,
+                                          guard_grads,
+                                          rate ? &*rate : nullptr,
+                                          {lr, beta1, beta2, eps, weight_decay, hessian_power, maximize},
+                                          step_correction,
+                                          partial_sums(sums),
+                                          prepared.mutable_data_ptr(),
+                                      });
+  params.write_back();
+}
+
+}  // namespace
+}  // namespace sassha::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(SASSHA_NAMESPACE, SASSHA_DISPATCH_KEY, m) {
+  m.impl("grad_norm", TORCH_BOX(&sassha::cuda::grad_norm));
+  m.impl("perturb_", TORCH_BOX(&sassha::cuda::perturb_));
+  m.impl("rademacher_", TORCH_BOX(&sassha::cuda::rademacher_));
+  m.impl("hutchinson_", TORCH_BOX(&sassha::cuda::hutchinson_));
+  m.impl("update_", TORCH_BOX(&sassha::cuda::update_));
+}
