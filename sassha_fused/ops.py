@@ -6,9 +6,11 @@ Every backend has the five functions of :class:`Operators`, with the arguments o
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
@@ -32,17 +34,19 @@ class Operators(Protocol):
     update_: Callable[..., None]
 
 
-def _load_extension() -> str | None:
-    """Loads sassha_fused._C, which registers the schemas and the CPU kernels; returns the reason why it could not."""
-    libraries = sorted(Path(__file__).parent.glob("_C*.so"))
+def _load_extension(name: str) -> str | None:
+    """Loads sassha_fused.<name>; returns the reason why it could not."""
+    libraries = sorted(Path(__file__).parent.glob(f"{name}*.so"))
     if not libraries:
-        return "the extension sassha_fused._C was not built: reinstall sassha_fused where a C++ compiler is found"
+        return f"the extension sassha_fused.{name} was not built: reinstall sassha_fused where {_NEEDS[name]} is found"
     try:
         torch.ops.load_library(libraries[0])
     except OSError as error:
         return f"the extension {libraries[0].name} does not load: {error}"
-    _register_fakes()
     return None
+
+
+_NEEDS = {"_C": "a C++ compiler", "_cuda": "nvcc"}
 
 
 def _register_fakes() -> None:
@@ -56,7 +60,24 @@ def _register_fakes() -> None:
         torch.library.register_fake(f"sassha_fused::{name}", grad_norm if name == "grad_norm" else writes_in_place)
 
 
-_EXTENSION_MISSING = _load_extension()
+# The schemas and the CPU kernels.
+_EXTENSION_MISSING = _load_extension("_C")
+if _EXTENSION_MISSING is None:
+    _register_fakes()
+
+
+@functools.cache
+def _load_cuda() -> str | None:
+    return _load_extension("_cuda")
+
+
+def _cuda_missing() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    reason = _EXTENSION_MISSING or _load_cuda()
+    if reason is None and not torch.cuda.is_available():
+        return "no CUDA device is available"
+    return reason
 
 
 def _compiled() -> Operators:
@@ -64,23 +85,43 @@ def _compiled() -> Operators:
     return cast(Operators, SimpleNamespace(**{name: getattr(namespace, name).default for name in NAMES}))
 
 
-# The backends of each device type, best first; eager serves every device.
-_PREFERRED = {"cpu": ("cpu", "eager")}
-_LOADERS: dict[str, Callable[[], Operators]] = {"cpu": _compiled, "eager": lambda: cast(Operators, eager)}
-_DEVICES = {"cpu": ("cpu",)}
+@dataclass(frozen=True)
+class Backend:
+    """Where a set of operators comes from.
+
+    Attributes:
+        devices: the types of the devices that it serves; None for any.
+        missing: the reason why it cannot be used here, or None.
+        load: its operators.
+    """
+
+    devices: tuple[str, ...] | None
+    missing: Callable[[], str | None]
+    load: Callable[[], Operators]
+
+    def serves(self, device: torch.device) -> bool:
+        """Whether it works on tensors of this device."""
+        return self.devices is None or device.type in self.devices
+
+
+# Best first.
+BACKENDS = {
+    "cuda": Backend(("cuda",), _cuda_missing, _compiled),
+    "cpu": Backend(("cpu",), lambda: _EXTENSION_MISSING, _compiled),
+    "eager": Backend(None, lambda: None, lambda: cast(Operators, eager)),
+}
 _warned: set[str] = set()
 
 
 def available_backends() -> dict[str, str | None]:
     """The backends by name: None where one can be used, else the reason why it cannot."""
-    return {"cpu": _EXTENSION_MISSING, "eager": None}
+    return {name: backend.missing() for name, backend in BACKENDS.items()}
 
 
 def check_backend(name: str, argument: str = "backend") -> None:
     """ValueError unless name is "auto" or a backend, with the reason if it is one that cannot be used here."""
-    backends = available_backends()
-    check_choice(argument, name, ("auto", *backends))
-    reason = backends.get(name)
+    check_choice(argument, name, ("auto", *BACKENDS))
+    reason = BACKENDS[name].missing() if name in BACKENDS else None
     if reason is not None:
         raise ValueError(f"{argument} {name!r} cannot be used: {reason}")
 
@@ -98,13 +139,15 @@ def operators(name: str, device: torch.device) -> Operators:
         argument, name = "SASSHA_FUSED_BACKEND", os.environ["SASSHA_FUSED_BACKEND"]
     check_backend(name, argument)
     if name != "auto":
-        if device.type not in _DEVICES.get(name, (device.type,)):
+        if not BACKENDS[name].serves(device):
             raise ValueError(f"{argument} {name!r} cannot be used: it does not serve tensors on {device}")
-        return _LOADERS[name]()
-    for candidate in _PREFERRED.get(device.type, ("eager",)):
-        reason = available_backends()[candidate]
+        return BACKENDS[name].load()
+    for candidate, backend in BACKENDS.items():
+        if not backend.serves(device):
+            continue
+        reason = backend.missing()
         if reason is None:
-            return _LOADERS[candidate]()
+            return backend.load()
         if candidate not in _warned:
             _warned.add(candidate)
             warnings.warn(f"sassha_fused runs without its {candidate} kernels, much slower: {reason}", stacklevel=2)

@@ -50,7 +50,7 @@ def test_the_self_test_fails_where_an_operator_is_wrong(monkeypatch, capsys, sma
 
     broken = type("Broken", (), {key: staticmethod(getattr(eager, key)) for key in ops.NAMES})
     setattr(broken, name, staticmethod(wrong))
-    monkeypatch.setitem(ops._LOADERS, "eager", lambda: broken)
+    monkeypatch.setitem(ops.BACKENDS, "eager", ops.Backend(None, lambda: None, lambda: broken))
     assert run_command(monkeypatch, "selftest") == 1
     printed = capsys.readouterr().out
     failed = [line for line in printed.splitlines() if "FAILED" in line]
@@ -62,6 +62,6 @@ def test_a_backend_that_raises_is_a_failed_row_and_not_the_end_of_the_self_test(
         raise RuntimeError("no such kernel")
 
     broken = type("Broken", (), {key: staticmethod(raises) for key in ops.NAMES})
-    monkeypatch.setitem(ops._LOADERS, "eager", lambda: broken)
+    monkeypatch.setitem(ops.BACKENDS, "eager", ops.Backend(None, lambda: None, lambda: broken))
     assert run_command(monkeypatch, "selftest") == 1
     assert "FAILED RuntimeError: no such kernel" in capsys.readouterr().out
