@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import hvp as hessian_products
+from .flag import Flag
 from .interrupts import uninterrupted
 from .ops import check_backend
 from .saved import AsSaved, check_and_protect
-from .state import Buckets, Selection
+from .state import Bucket, Buckets, Selection
 from .validation import DTYPES, check_choice, check_gradients, check_hyperparameters, check_parameter
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
@@ -38,18 +39,18 @@ class _Perturbation:
 
     selections: list[Selection]
     norm: Tensor
-    due: bool
+    due: bool = False  # a Hessian step
     active: bool = True  # the weights are at w'
     parts: list[Part] | None = None  # set when restore() ran before step()
 
 
 @dataclass
-class _Verdict:
-    """What the last step will have done to the counts, once it is known whether the device skipped it."""
+class StepTaken:
+    """What a step does to the host's counts, unless the device skipped it."""
 
     skipped: Tensor
     selections: list[Selection]
-    evaluated: bool
+    evaluated: bool  # a Hessian step
 
 
 class Sassha(Optimizer):
@@ -158,9 +159,12 @@ class Sassha(Optimizer):
         self._buckets = Buckets(self._backend)
         self._perturbation: _Perturbation | None = None
         self._watch: hessian_products.GraphWatch | None = None
-        self._verdict: _Verdict | None = None
+        self._verdict: tuple[Flag, StepTaken] | None = None
         self._used: tuple[weakref.ref[Tensor], int] | None = None
         self._first_pass = False
+        # While graphs.py records a step into a CUDA graph nothing runs, and nothing is counted.
+        self.capturing = False
+        self.captured: StepTaken | None = None
 
     # ---------------------------------------------------------------- the passes
 
@@ -177,10 +181,19 @@ class Sassha(Optimizer):
             return self._perturbation.due
         if self._first_pass:
             return False
-        due = self._buckets.stale or any(Selection.all_of(*pair).due() for pair in self._buckets)
+        due = any(self.due_rows()) or self._buckets.stale
         if due:
             self._watch_for_graph()
         return due
+
+    def buckets(self) -> list[Bucket]:
+        """Where the state lies now."""
+        return [bucket for bucket, _ in self._buckets]
+
+    def due_rows(self) -> list[list[int]]:
+        """The parameters for which the next step is a Hessian step, as rows of each bucket."""
+        self._settle()
+        return [Selection.all_of(*pair).due() for pair in self._buckets]
 
     @property
     def skipped_steps(self) -> int:
@@ -197,7 +210,6 @@ class Sassha(Optimizer):
         """
         if self.perturbed:
             raise ValueError("perturb() called twice: call step(), or restore() to give the step up")
-        self._settle()
         self._close()
         self._with_selections(self._perturb_all)
 
@@ -324,15 +336,17 @@ class Sassha(Optimizer):
             norm = torch.empty((), dtype=torch.float64, device=selections[0].bucket.device)
         else:
             norm = self._norm(selections)
-        due = any(selection.due() for selection in selections)
-        if due:
-            self._watch_for_graph()
-        self._perturbation = _Perturbation([], norm, due)
+        self._perturbation = perturbation = _Perturbation([], norm)
         try:
             with uninterrupted(), _explained(selections):
                 for selection in selections:
                     self._perturb(selection, norm, measure=alone)
-                    self._perturbation.selections.append(selection)
+                    perturbation.selections.append(selection)
+            # Only now: the device has this step's first pass to work on while the host waits for the step before.
+            self._settle()
+            perturbation.due = any(selection.due() for selection in selections)
+            if perturbation.due:
+                self._watch_for_graph()
         except BaseException:
             self._give_up()
             raise
@@ -374,8 +388,12 @@ class Sassha(Optimizer):
                 # Should one bucket's update have gone through before another's failed, its state knows its counts.
                 self._buckets = Buckets(self._backend)
                 raise
-            taken = [selection.holding(()) for selection, _ in parts]
-            self._verdict = _Verdict(taken[0].bucket.skipped, taken, any(products for _, products in parts))
+            selections = [selection.holding(()) for selection, _ in parts]
+            taken = StepTaken(selections[0].bucket.skipped, selections, any(products for _, products in parts))
+            if self.capturing:
+                self.captured = taken
+            else:
+                self.await_verdict(taken)
             self._close()
 
     def _update_pass(
@@ -422,7 +440,7 @@ class Sassha(Optimizer):
 
     def _with_selections(self, act: Callable[[list[Selection]], _Result]) -> _Result:
         """What act makes of the parameters that have a gradient."""
-        selections = self._buckets.select(self.param_groups, self.state)
+        selections = self._buckets.select(self.param_groups, self.state, self._settle)
         try:
             return act(selections)
         except (RuntimeError, TypeError, ValueError):
@@ -430,7 +448,7 @@ class Sassha(Optimizer):
                 raise
         # A part of the model has moved to another device or dtype, and its state moves along.
         self._buckets.stale = True
-        return act(self._buckets.select(self.param_groups, self.state))
+        return act(self._buckets.select(self.param_groups, self.state, self._settle))
 
     def _participants(self, perturbation: _Perturbation) -> list[Selection]:
         """Those perturbed parameters that have a gradient in the second pass too."""
@@ -479,13 +497,18 @@ class Sassha(Optimizer):
         if due:
             first = self.param_groups[0]
             source = hessian_products.SOURCES[self._hvp]
+            if not self.capturing:
+                self.number_evaluation()
             with _explained(due):
-                estimates = hessian_products.estimate(
-                    source, due, first["hessian_samples"], first["seed"], self._evaluations
-                )
+                estimates = hessian_products.estimate(source, due, first["hessian_samples"], first["seed"])
         if due or any(any(map(_REQUIRES_GRAD, selection.grads)) for selection in lazy):
             self._detach_gradients([*due, *lazy])
         return [*zip(due, estimates, strict=True), *((selection, ()) for selection in lazy)]
+
+    def number_evaluation(self) -> None:
+        """Tells the devices the index of this Hessian evaluation, on which the random signs depend."""
+        for bucket, _ in self._buckets:
+            bucket.evaluation.fill_(self._evaluations)
 
     def _detach_gradients(self, selections: Sequence[Selection]) -> None:
         """Lets go of the graph: gradients made with create_graph=True form cycles with their parameters."""
@@ -536,20 +559,22 @@ class Sassha(Optimizer):
         if any(grad is gradient() and grad._version == version for selection in selections for grad in selection.grads):
             raise ValueError("step() called twice after one perturb(): these gradients were used by the step before")
 
+    def await_verdict(self, taken: StepTaken) -> None:
+        """Counts a step as soon as the counts are needed, when it is known whether the device skipped it."""
+        self._verdict = Flag(taken.skipped), taken
+
     def _settle(self) -> None:
         """Brings the host's counts up to date with what the device did in the last step."""
         if self._verdict is None:
             return
         with uninterrupted():
-            verdict, self._verdict = self._verdict, None
-            # Fake and meta tensors (torch.export, memory estimates) have no value to read; such steps count as taken.
-            readable = type(verdict.skipped) is Tensor and not verdict.skipped.is_meta
-            if readable and bool(verdict.skipped):
+            (skipped, taken), self._verdict = self._verdict, None
+            if skipped.read():
                 self._skipped_steps += 1
                 return
-            for selection in verdict.selections:
+            for selection in taken.selections:
                 selection.count_step()
-            self._evaluations += verdict.evaluated
+            self._evaluations += taken.evaluated
 
     # ---------------------------------------------------------------- groups and state
 

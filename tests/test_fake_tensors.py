@@ -1,6 +1,7 @@
 """Steps do not wait for the device: on fake tensors, where reading a value raises, whole steps run through."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sassha_fused import Sassha, hvp
+from sassha_fused import Sassha, hvp, ops
 from tests.helpers import BACKENDS, STYLES, Problem
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -130,10 +131,18 @@ def ones(params: Any, gradients: Any, signs: list[Tensor], keep_graph: bool) -> 
     return [torch.ones_like(z) for z in signs]
 
 
+@pytest.mark.parametrize("backend", ["eager", "auto"])
 @pytest.mark.parametrize("name, lr_device", [*zip(OPTIONS, (None, "cpu", "cuda", "cuda"))])
 def test_perturb_and_step_on_fake_cuda_tensors_read_no_value(
-    fake: FakeTensorMode, bindings: None, monkeypatch: pytest.MonkeyPatch, name: str, lr_device: str | None
+    fake: FakeTensorMode,
+    bindings: None,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    name: str,
+    lr_device: str | None,
 ) -> None:
+    # As where torch has CUDA: the compiled operators then serve fake tensors through their fake kernels.
+    monkeypatch.setitem(ops.BACKENDS, "cuda", replace(ops.BACKENDS["cuda"], missing=lambda: None))
     monkeypatch.setitem(hvp.SOURCES, "autograd", hvp.HessianSource(ones, needs_graph=False))
     params = [
         nn.Parameter(torch.ones(4, 5, device="cuda")),
@@ -143,7 +152,7 @@ def test_perturb_and_step_on_fake_cuda_tensors_read_no_value(
         nn.Parameter(torch.ones(3)),  # on the CPU
     ]
     groups = [{"params": params[:2]}, {"params": params[2:], "rho": 0.1}]
-    opt = Sassha(groups, hessian_interval=2, **OPTIONS[name])
+    opt = Sassha(groups, hessian_interval=2, backend=backend, **OPTIONS[name])
     if lr_device is not None:
         set_tensor_lr(opt, lr_device)
     for due in (True, False, True, False):
