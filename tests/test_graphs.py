@@ -1,0 +1,178 @@
+"""Steps replayed from CUDA graphs: what the host does around them, with graphs that play back on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sassha_fused import graphs
+from sassha_fused.graphs import GraphedStep
+from tests.helpers import Problem, assert_same
+
+
+class PlaybackGraph:
+    """In place of torch.cuda.CUDAGraph: what was recorded runs again when it is replayed."""
+
+    def __init__(self) -> None:
+        self.play: Callable[[], Any] = lambda: None
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.play()
+
+
+class NoStream:
+    def wait_stream(self, _: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PlaybackGraph]]:
+    """The graphs captured so far. Capturing runs nothing: what the step did is undone."""
+    made: list[PlaybackGraph] = []
+
+    class Graphed(GraphedStep):
+        def _capture(self) -> Any:
+            captured = super()._capture()
+            optimizer = self._optimizer
+
+            def play() -> None:
+                optimizer.capturing = True
+                try:
+                    captured.loss.copy_(optimizer.step(self._closure))
+                finally:
+                    optimizer.capturing = False
+
+            captured.graph.play = play
+            return captured
+
+    @contextmanager
+    def capture(graph: PlaybackGraph) -> Iterator[None]:
+        made.append(graph)
+        (problem,) = problems
+        buckets = problem.opt.buckets()
+        live = [*problem.params]
+        for bucket in buckets:
+            live += [bucket.exp_avg, bucket.exp_hessian, bucket.backup, bucket.counts, bucket.skipped]
+        before = [tensor.detach().clone() for tensor in live]
+        yield
+        with torch.no_grad():
+            for tensor, value in zip(live, before, strict=True):
+                tensor.copy_(value)
+
+    @contextmanager
+    def on(_: NoStream) -> Iterator[None]:
+        yield
+
+    problems: list[Problem] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PlaybackGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(GraphedStep, "_check_devices", lambda self: None)
+    monkeypatch.setattr(graphs, "GraphedStep", Graphed)
+    monkeypatch.setattr(PlaybackGraph, "problems", problems, raising=False)
+    yield made
+
+
+def graphed(problem: Problem) -> GraphedStep:
+    PlaybackGraph.problems[:] = [problem]  # type: ignore[attr-defined]
+    return graphs.GraphedStep(problem.opt, problem.loss)
+
+
+def run(problem: Problem, step: GraphedStep, count: int) -> list[Tensor]:
+    losses = []
+    for _ in range(count):
+        losses.append(step().clone())
+        problem.steps += 1
+    return losses
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_graphed_steps_are_the_steps_without_graphs(recorded: list[PlaybackGraph], samples: int) -> None:
+    usual, replayed = (Problem(hessian_samples=samples) for _ in range(2))
+    expected = [usual.step().clone() for _ in range(20)]
+    assert_same(run(replayed, graphed(replayed), 20), expected)
+    assert_same(replayed.snapshot(), usual.snapshot())
+    # Every third step is a Hessian step: two graphs, each after the step that makes the state and three of its kind.
+    assert len(recorded) == 2
+    assert sum(graph.replays for graph in recorded) == 20 - 1 - 2 * 3
+
+
+def test_a_skipped_step_is_skipped_in_a_graph_too(recorded: list[PlaybackGraph]) -> None:
+    usual, replayed = Problem(), Problem()
+    step = graphed(replayed)
+    for problem, take in ((usual, usual.step), (replayed, lambda: run(replayed, step, 1))):
+        for i in range(24):
+            # One lazy step and one Hessian step.
+            kept = problem.inputs[i].clone()
+            problem.steps = i
+            if i in (16, 18):
+                problem.inputs[i, 0, 0] = torch.inf
+            take()
+            problem.inputs[i] = kept
+    assert usual.opt.skipped_steps == replayed.opt.skipped_steps == 2
+    assert_same(replayed.snapshot(), usual.snapshot())
+
+
+def test_a_tensor_learning_rate_may_change_and_a_recorded_number_may_not(recorded: list[PlaybackGraph]) -> None:
+    usual, replayed = (Problem(lr=torch.tensor(0.05)) for _ in range(2))
+    for problem in (usual, replayed):
+        problem.opt.param_groups[1]["lr"] = torch.tensor(0.03)
+    step = graphed(replayed)
+    for i in range(12):
+        for problem in (usual, replayed):
+            for group in problem.opt.param_groups:
+                group["lr"].fill_(0.05 / (i + 1))
+        usual.step()
+        run(replayed, step, 1)
+    assert_same(replayed.snapshot()["weights"], usual.snapshot()["weights"])
+    replayed.opt.param_groups[0]["rho"] = 0.123
+    with pytest.raises(ValueError, match=r"rho was 0\.2 when the step was captured"):
+        step()
+
+
+def test_a_loaded_state_makes_new_graphs(recorded: list[PlaybackGraph]) -> None:
+    usual, replayed = Problem(), Problem()
+    step = graphed(replayed)
+    usual.train(12)
+    run(replayed, step, 12)
+    for problem in (usual, replayed):
+        problem.opt.load_state_dict(problem.opt.state_dict())
+    before = len(recorded)
+    usual.train(12)
+    run(replayed, step, 12)
+    assert len(recorded) == before + 2
+    assert_same(replayed.snapshot(), usual.snapshot())
+
+
+def test_graphs_need_cuda_parameters_and_say_so() -> None:
+    problem = Problem()
+    with pytest.raises(ValueError, match="params must be on a CUDA device"):
+        GraphedStep(problem.opt, problem.loss)
+
+
+def test_a_capture_that_fails_leaves_the_optimizer_usable(recorded: list[PlaybackGraph]) -> None:
+    problem = Problem()
+    step = graphed(problem)
+    run(problem, step, 4)
+    fail = True
+
+    def loss() -> Tensor:
+        if problem.opt.capturing and fail:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return problem.loss()
+
+    step._closure = loss
+    with pytest.raises(RuntimeError, match="not permitted"):
+        run(problem, step, 12)
+    assert not problem.opt.capturing and not problem.opt.perturbed
+    fail = False
+    run(problem, step, 3)
