@@ -3,18 +3,30 @@
 import pytest
 import torch
 
+from sassha_fused import ops
 from sassha_fused.ops import Operators, operators
+from tests import emulation
+
+ops.BACKENDS["cuda_emulated"] = ops.Backend(("cpu",), lambda: None, emulation.emulated)
 
 # Each backend's name, and the device whose tensors it is tested on.
-BACKENDS = {"eager": "cpu", "cpu": "cpu"}
+BACKENDS = {"eager": "cpu", "cpu": "cpu", "cuda_emulated": "cpu"}
+if torch.cuda.is_available():
+    BACKENDS["cuda"] = "cuda"
 
 # What the others must equal bit for bit, where the arithmetic fixes every bit.
 BASELINE = "eager"
 
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_other_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != BASELINE])
+_PARAMETERS = [pytest.param(name, marks=pytest.mark.gpu if name == "cuda" else ()) for name in BACKENDS]
+each_backend = pytest.mark.parametrize("backend", _PARAMETERS)
+each_other_backend = pytest.mark.parametrize("backend", [p for p in _PARAMETERS if p.values != (BASELINE,)])
 
 
 def operators_of(backend: str) -> Operators:
     """The operators of a backend; ValueError with the reason where it cannot be used."""
     return operators(backend, torch.device(BACKENDS[backend]))
+
+
+def evaluation_on(backend: str, evaluation: int) -> torch.Tensor:
+    """The index of a Hessian evaluation as the operators of a backend take it."""
+    return torch.tensor(evaluation, device=BACKENDS[backend])
