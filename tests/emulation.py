@@ -71,10 +71,12 @@ def build(csrc: Path = ROOT / "csrc", options: Sequence[str] = PLAIN) -> Path:
     ]
 
     def compile_one(source: Path) -> Path:
-        arguments = (*_FLAGS, *options, f"-I{csrc}")
+        # Where a copy lies must not show in __FILE__, or its unchanged sources would be compiled again.
+        place = (f"-I{csrc}", f"-ffile-prefix-map={csrc}=csrc")
+        arguments = (*_FLAGS, *options, *place)
         language = ("-x", "c++", str(source))
         preprocessed = _run(*arguments, "-E", "-P", *language)
-        key = hashlib.sha256("\0".join((*arguments[:-1], preprocessed)).encode()).hexdigest()
+        key = hashlib.sha256("\0".join((*_FLAGS, *options, preprocessed)).encode()).hexdigest()
         object_file = BUILD / f"{source.stem}-{key[:32]}.o"
         if not object_file.exists():
             unfinished = object_file.with_suffix(f".{os.getpid()}.o")
@@ -159,3 +161,13 @@ def only_blocks(head: int, tail: int) -> Iterator[None]:
         yield
     finally:
         _loaded().sassha_emulation_only_blocks(0, 0)
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """No kernel can be launched."""
+    _loaded().sassha_emulation_refuse(True)
+    try:
+        yield
+    finally:
+        _loaded().sassha_emulation_refuse(False)

@@ -1,6 +1,8 @@
 // The first stage of the norm: each block sums the squares of what it reads, in float64 and in a fixed order.
 #pragma once
 
+#include <cmath>
+
 #include "cuda/numbers.h"
 #include "cuda/reduce.h"
 #include "cuda/vectors.h"
@@ -18,6 +20,7 @@ __device__ __forceinline__ double wide_product(P x, P y) {
 template <class P, class AnyTable>
 __device__ double share_of_squares(const AnyTable& table) {
   constexpr bool kWeighted = AnyTable::kListCount > 1;
+  constexpr bool kSquareIsExact = !kWeighted && sizeof(P) < sizeof(double);
   constexpr int kAhead = kVectorsPerChunk<P> < 4 ? kVectorsPerChunk<P> : 4;
   double sum = 0;
   for (Chunks<P, AnyTable> chunks(table); chunks.more(); chunks.next()) {
@@ -42,7 +45,8 @@ __device__ double share_of_squares(const AnyTable& table) {
 #pragma unroll
         for (int i = 0; i < kVector<P>; ++i) {
           const double x = kWeighted ? wide_product(g[j][i], w[j][i]) : static_cast<double>(widen(g[j][i]));
-          sum += x * x;
+          // Where the square is exact in float64 the fused operation has the same bits, in one instruction of two.
+          sum = kSquareIsExact ? std::fma(x, x, sum) : sum + x * x;
         }
       }
     }

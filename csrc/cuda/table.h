@@ -62,6 +62,13 @@ template <class AnyTable, class Describe, class Launch>
 void for_each_table(const std::vector<int64_t>& numel, const std::vector<int64_t>* offsets, const Describe& describe,
                     const Launch& launch) {
   constexpr int64_t kMostUnits = int64_t{1} << 31;
+  // Before the first launch: what is refused leaves nothing behind.
+  for (const int64_t length : numel) {
+    if (length / kUnit >= kMostUnits) throw std::runtime_error("a tensor has 2^38 elements or more");
+  }
+  for (const int64_t offset : offsets ? *offsets : std::vector<int64_t>()) {
+    if (offset % kUnit != 0) throw std::runtime_error("offsets of the state must be multiples of 128 elements");
+  }
   AnyTable table;
   table.count = 0;
   table.first_unit[0] = 0;
@@ -85,10 +92,6 @@ void for_each_table(const std::vector<int64_t>& numel, const std::vector<int64_t
   for (int64_t i = 0; i < static_cast<int64_t>(numel.size()); ++i) {
     const int64_t more = (numel[i] + kUnit - 1) / kUnit;
     const int missing = static_cast<int>(more * kUnit - numel[i]);
-    if (more >= kMostUnits) throw std::runtime_error("a tensor of 2^38 elements or more is beyond the CUDA kernels");
-    if (offsets && (*offsets)[i] % kUnit != 0) {
-      throw std::runtime_error("offsets of the state must be multiples of 128 elements");
-    }
     int64_t gap = offsets ? ((*offsets)[i] - origin) / kUnit - units : 0;
     const bool full = table.count + (gap > 0 ? 2 : 1) > AnyTable::kCapacity || units + gap + more >= kMostUnits;
     if (table.count > 0 && (full || gap < 0)) flush();

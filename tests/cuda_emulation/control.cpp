@@ -18,3 +18,6 @@ SASSHA_EXPORT void sassha_emulation_only_blocks(int head, int tail) {
   emulation::device().first_blocks_only = head;
   emulation::device().last_blocks_only = tail;
 }
+
+// From here on every launch fails, or none.
+SASSHA_EXPORT void sassha_emulation_refuse(bool refuse) { emulation::device().refuses = refuse; }
