@@ -474,6 +474,16 @@ def test_backends_update_to_the_same_bits(
 
 
 @each_other_backend
+@pytest.mark.parametrize("hessian_power", [0.5, 1.0])
+def test_compiled_backends_update_float64_to_the_same_bits(backend: str, hessian_power: float) -> None:
+    # Bias corrections enter here without being rounded to float32: they too must be the same on every platform.
+    case = listed_case(torch.float64, "57 tensors").to("cpu")
+    case.steps[:] = 10 ** (torch.rand(case.steps.shape, generator=torch.Generator().manual_seed(0)) * 9)
+    hyper = {**HYPER, "hessian_power": hessian_power, "betas": (0.9, 0.99999)}
+    assert_same_case(*(update(name, case, hyper, True) for name in (backend, "cpu")))
+
+
+@each_other_backend
 @each_dtype
 @pytest.mark.parametrize("sample", [0, 1, 2])
 def test_backends_estimate_to_the_same_bits(backend: str, dtype: torch.dtype, sample: int) -> None:
