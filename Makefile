@@ -1,17 +1,17 @@
 # Each target makes its own virtual environment, builds what changed, and runs. Needs Python 3.10 or later, pip,
-# a C++ compiler and make; PYTHON=... chooses the Python and CXX=... the compiler.
+# a C++ compiler and make, and nvcc for the CUDA kernels; PYTHON=... chooses the Python and CXX=... the compiler.
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 EXTENSION := sassha_fused/_C.abi3.so
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_SOURCES := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 PYTHONS := python3.11 python3 python3.12 python3.13 python3.10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # No recipe calls make, and ninja trips over the job server of a make -j that it cannot reach.
 unexport MAKEFLAGS
-.PHONY: help demo test bench lint format build wheel clean compiler
+.PHONY: help demo test bench sass lint format build wheel clean compiler
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -25,6 +25,9 @@ test: compiler $(EXTENSION) ## run the tests, and measure their coverage
 bench: compiler $(EXTENSION) ## time the optimizer step; the JSON goes to .benchmarks
 	$(VENV)/bin/python -m pytest bench
 
+sass: compiler $(EXTENSION) ## print what the CUDA kernels are made of: registers, spills, widths of accesses
+	$(VENV)/bin/python -m bench.sass
+
 lint: $(VENV)/.dev ## check style, spelling and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -37,14 +40,14 @@ format: $(VENV)/.dev ## rewrite the sources in the project's style
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
-build: compiler $(EXTENSION) ## build the C++ extension in place
+build: compiler $(EXTENSION) ## build the C++ and CUDA extensions in place
 
 wheel: compiler $(EXTENSION) ## build a wheel into dist/
 	rm -rf build/lib* build/bdist*
 	$(PIP) wheel . --verbose --no-build-isolation --no-deps --wheel-dir dist
 
 clean: ## remove what was built; .venv stays
-	rm -rf build dist *.egg-info $(EXTENSION) .benchmarks .coverage* .hypothesis examples/mnist/results
+	rm -rf build dist *.egg-info sassha_fused/*.so .benchmarks .coverage* .hypothesis examples/mnist/results
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name '.*_cache' \) -prune -exec rm -rf {} +
 
 # csrc and its folders stand here too, so that a deleted file is noticed; within, ninja rebuilds what changed.

@@ -44,7 +44,6 @@ NVCC_FLAGS = [
     "-O3",
     # As -ffp-contract=off above.
     "-fmad=false",
-    "-lineinfo",
     # A kernel's 32 KiB of arguments make 32 KiB of zeros in every cubin.
     "-Xfatbin=-compress-all",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
@@ -107,6 +106,9 @@ def architecture_flags(nvcc: str) -> list[str]:
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if match[3]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    if not asked and "code=compute_" not in flags[-1]:
+        # An older nvcc: PTX of the last architecture it knows serves those that came after.
+        flags.append(re.sub(r"code=sm_", "code=compute_", flags[-1]))
     return flags
 
 
@@ -150,16 +152,19 @@ def build_cuda(nvcc: str, compiler: str, library: Path, objects: Path) -> None:
     # Entries for libtorch, as needed or not: without them the library does not load.
     torch_libraries += ["-Xlinker=--no-as-needed,-ltorch,-ltorch_cpu,--exclude-libs=ALL"]
     host = ["-ccbin", compiler.split()[0]]
-    run([nvcc, "-shared", "-cudart=static", *host, *compiled, *torch_libraries, "-o", str(library)])
+    # Nothing here calls device code of another file; the step would leave an empty cubin and the link line's paths.
+    run([nvcc, "-shared", "-cudart=static", "--no-device-link", *host, *compiled, *torch_libraries, "-o", str(library)])
 
 
 def extension_arguments(compiler: str) -> dict[str, object]:
     try:
         from torch import __version__ as torch_version
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
     except ModuleNotFoundError as error:
         sys.exit(f"sassha_fused: the build needs the installed torch ({error}): pip install with --no-build-isolation")
 
+    # Nor one in torch's headers.
+    COMPILE_FLAGS.extend(f"-ffile-prefix-map={path}/=" for path in include_paths())
     extensions = [
         CppExtension(
             "sassha_fused._C",

@@ -1,12 +1,17 @@
-"""What a user installs: one version, types, the promised names, one dependency, and no need of a compiler."""
+"""What a user installs: one version, types, the promised names, one dependency, and no need of a compiler.
+
+And how the build with compilers goes, with fake ones that only write down how they were called.
+"""
 
 import email
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from email.message import Message
 from pathlib import Path
 
@@ -31,7 +36,7 @@ print(json.dumps(sassha_fused.available_backends()))
 
 def run(*command: str, directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs this Python, free of what the environment says of compiler, backend, path and coverage."""
-    unwanted = ("CXX", "COVERAGE_", "PYTHONPATH", "SASSHA_")
+    unwanted = ("CUDA_HOME", "CUDA_PATH", "CXX", "COVERAGE_", "PYTHONPATH", "SASSHA_", "TORCH_CUDA_ARCH_LIST")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     return subprocess.run(
         [sys.executable, *command],
@@ -114,6 +119,153 @@ def test_without_the_extension_the_optimizer_works_and_says_why_it_is_slower(
 
 def test_a_compiler_that_fails_is_an_error(tmp_path: Path) -> None:
     copy_sources(tmp_path)
-    done = run("setup.py", "build_ext", "--inplace", directory=tmp_path, CXX="false")
+    done = run("setup.py", "build_ext", "--inplace", directory=tmp_path, CXX="false", SASSHA_FUSED_CUDA="0")
     assert done.returncode != 0
     assert "built _C" not in done.stdout
+
+
+# Makes an empty file of what it is asked for, and writes its arguments into a file beside itself.
+FAKE_COMPILER = """#!/bin/sh
+echo "$@" >> "$0.calls"
+case "$1" in
+  --version) echo "{version}"; exit ;;
+  --list-gpu-arch) printf "%s\\n" {architectures}; exit ;;
+esac
+while [ $# -gt 0 ]; do
+  if [ "$1" = -o ]; then : > "$2"; fi
+  shift
+done
+"""
+NVCC_13 = "Cuda compilation tools, release 13.0, V13.0.88"
+KNOWN_13 = ("75", "80", "86", "87", "88", "89", "90", "100", "103", "110", "120", "121")
+
+
+def make_compiler(path: Path, version: str = "g++ 12.2.0", architectures: tuple[str, ...] = ()) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    listed = " ".join(f"compute_{number}" for number in architectures)
+    path.write_text(FAKE_COMPILER.format(version=version, architectures=listed))
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources, and an empty folder "cuda" where a toolkit may be put, on a machine with a fake C++ compiler."""
+    directory = tmp_path_factory.mktemp("fake_compilers")
+    copy_sources(directory)
+    make_compiler(directory / "c++")
+    return directory
+
+
+@pytest.fixture
+def toolkit(sources: Path) -> Iterator[Path]:
+    """An empty CUDA_HOME."""
+    yield sources / "cuda"
+    for folder in ("cuda", "build"):
+        shutil.rmtree(sources / folder, ignore_errors=True)
+    for library in (sources / "sassha_fused").glob("*.so"):
+        library.unlink()
+
+
+def build(sources: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ("setup.py", "build_ext", "--inplace")
+    environment = {"CUDA_HOME": str(sources / "cuda"), "CXX": str(sources / "c++")} | environment
+    return run(*command, directory=sources, **environment)
+
+
+def targets(nvcc: Path) -> set[tuple[str, ...]]:
+    """What nvcc was asked to compile for; one element if every file was compiled for the same."""
+    calls = [call for call in Path(f"{nvcc}.calls").read_text().splitlines() if ".cu " in call and " -c " in call]
+    assert len(calls) == len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
+    return {tuple(re.findall(r"arch=compute_\w+,code=(\w+)", call)) for call in calls}
+
+
+def test_cuda_can_be_left_out_and_the_build_says_so(sources: Path, toolkit: Path) -> None:
+    nvcc = make_compiler(toolkit / "bin" / "nvcc", NVCC_13, KNOWN_13)
+    done = build(sources, SASSHA_FUSED_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    assert "built _C" in done.stdout
+    assert "NOT BUILT: _cuda" in done.stdout
+    assert "why: SASSHA_FUSED_CUDA=0" in done.stdout
+    assert [path.name for path in (sources / "sassha_fused").glob("*.so")] == ["_C.abi3.so"]
+    assert not Path(f"{nvcc}.calls").exists()
+
+
+def test_without_nvcc_the_build_says_what_is_missing_and_where_it_looked(sources: Path, toolkit: Path) -> None:
+    done = build(sources)
+    assert done.returncode == 0, done.stderr
+    assert "built _C" in done.stdout
+    assert "NOT BUILT: _cuda" in done.stdout
+    assert f"nvcc was not found (tried: {toolkit}/bin/nvcc)" in done.stdout
+
+
+def test_cuda_that_is_asked_for_is_an_error_without_nvcc(sources: Path, toolkit: Path) -> None:
+    done = build(sources, SASSHA_FUSED_CUDA="1")
+    assert done.returncode != 0
+    assert "SASSHA_FUSED_CUDA=1, but _cuda cannot be built: nvcc was not found" in done.stderr
+    assert not (sources / "build").exists()
+
+
+def test_cuda_that_is_asked_for_is_an_error_without_a_compiler(sources: Path) -> None:
+    done = run("setup.py", "build_ext", directory=sources, PATH=str(sources / "cuda"), SASSHA_FUSED_CUDA="1")
+    assert done.returncode != 0
+    assert "_cuda cannot be built: no C++ compiler was found" in done.stderr
+
+
+def test_an_nvcc_that_is_too_old_is_named(sources: Path, toolkit: Path) -> None:
+    nvcc = make_compiler(toolkit / "bin" / "nvcc", "Cuda compilation tools, release 11.8, V11.8.89", ("80", "90"))
+    done = build(sources, SASSHA_FUSED_CUDA="1")
+    assert done.returncode != 0
+    assert f"{nvcc} is too old (release 11.8): the kernels need CUDA 12.1 or later" in done.stderr
+
+
+def test_all_architectures_are_built_and_ptx_for_those_to_come(sources: Path, toolkit: Path) -> None:
+    nvcc = make_compiler(toolkit / "bin" / "nvcc", NVCC_13, KNOWN_13)
+    done = build(sources, SASSHA_FUSED_CUDA="1")
+    assert done.returncode == 0, done.stderr
+    supported = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_120")
+    assert targets(nvcc) == {supported}
+    assert f"built _cuda, the fused kernels for CUDA tensors (nvcc 13.0: {' '.join(supported)})" in done.stdout
+    assert (sources / "sassha_fused" / "_cuda.abi3.so").exists()
+
+
+def test_an_older_nvcc_builds_what_it_knows_and_ptx_for_the_rest(sources: Path, toolkit: Path) -> None:
+    known = tuple(number for number in KNOWN_13 if int(number) <= 90)
+    nvcc = make_compiler(toolkit / "bin" / "nvcc", "Cuda compilation tools, release 12.4, V12.4.131", known)
+    done = build(sources)
+    assert done.returncode == 0, done.stderr
+    assert targets(nvcc) == {("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "compute_90")}
+
+
+@pytest.mark.parametrize(
+    ("asked", "built"),
+    [
+        ("9.0", ("sm_90",)),
+        ("8.0;9.0a 12.0+PTX", ("sm_80", "sm_90a", "sm_120", "compute_120")),
+    ],
+)
+def test_the_architectures_can_be_chosen(sources: Path, toolkit: Path, asked: str, built: tuple[str, ...]) -> None:
+    nvcc = make_compiler(toolkit / "bin" / "nvcc", NVCC_13, KNOWN_13)
+    done = build(sources, TORCH_CUDA_ARCH_LIST=asked)
+    assert done.returncode == 0, done.stderr
+    assert targets(nvcc) == {built}
+    assert f"(nvcc 13.0: {' '.join(built)})" in done.stdout
+
+
+@pytest.mark.parametrize("asked", ["3.5", "9.0 13.0"])
+def test_an_architecture_that_nvcc_does_not_know_is_refused_with_those_it_knows(
+    sources: Path, toolkit: Path, asked: str
+) -> None:
+    nvcc = make_compiler(toolkit / "bin" / "nvcc", NVCC_13, KNOWN_13)
+    done = build(sources, TORCH_CUDA_ARCH_LIST=asked)
+    assert done.returncode != 0
+    known = " ".join(f"compute_{number}" for number in KNOWN_13)
+    assert f"TORCH_CUDA_ARCH_LIST: {nvcc} does not know {asked.split()[-1]}; it knows {known}" in done.stderr
+
+
+@pytest.mark.parametrize("asked", ["Hopper", "9"])
+def test_what_is_no_architecture_is_refused_with_an_example(sources: Path, toolkit: Path, asked: str) -> None:
+    make_compiler(toolkit / "bin" / "nvcc", NVCC_13, KNOWN_13)
+    done = build(sources, TORCH_CUDA_ARCH_LIST=asked)
+    assert done.returncode != 0
+    assert f"TORCH_CUDA_ARCH_LIST: '{asked}' is no architecture, such as \"9.0\"" in done.stderr
