@@ -1,0 +1,104 @@
+"""What the kernels of csrc/cuda must move per element, from the sizes of dtypes. The one place for it.
+
+Each array that a kernel cannot avoid reading or writing once is a stream, given as its bytes per element. State
+(exp_avg, exp_hessian, the Hessian estimate) is float64 beside float64 parameters and float32 beside all others.
+"""
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+SIZES = {"double": 8, "float": 4, "__nv_bfloat16": 2, "__half": 2}
+POWERS = ("kSquareRoot", "kIdentity", "kGeneral")  # in the order of csrc/math/sassha.h
+
+VECTOR_BYTES = 16
+
+# A kernel's name without namespaces, and its template arguments.
+Kernel = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The streams of a kernel, and how its machine code holds them.
+
+    Attributes:
+        size: of a parameter's element; a vector has as many elements as make 16 bytes of it.
+        reads, writes: bytes per element of each stream.
+        vectors: how many vectors the unrolled loop body has, each with all streams.
+        copies: streams of parameters that a second loop copies, one vector at a time, in place of the first.
+    """
+
+    size: int
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    vectors: int = 1
+    copies: int = 0
+
+    @property
+    def bytes_per_element(self) -> int:
+        return sum(self.reads) + sum(self.writes)
+
+    @property
+    def elements(self) -> int:
+        """How many elements the loop body serves."""
+        return self.vectors * VECTOR_BYTES // self.size
+
+    @property
+    def vector_loads(self) -> int:
+        """How many 16-byte loads make up all of that; more than one per vector of a wider stream."""
+        return self.elements * sum(self.reads) // VECTOR_BYTES + self.copies
+
+    @property
+    def vector_stores(self) -> int:
+        return self.elements * sum(self.writes) // VECTOR_BYTES + self.copies
+
+    def moved_per_element(self, vector_loads: int, vector_stores: int) -> float:
+        """Bytes per element, if the machine code has this many 16-byte accesses."""
+        return VECTOR_BYTES * (vector_loads + vector_stores - 2 * self.copies) / self.elements
+
+
+def state_size(size: int) -> int:
+    return max(size, SIZES["float"])
+
+
+def traffic(kernel: Kernel) -> Traffic | None:
+    """What a kernel moves; None for one without a part per element."""
+    if kernel not in kernels():
+        raise KeyError(f"{kernel} is unknown here: add what it must move")
+    name, *arguments = kernel
+    if name == "norm_kernel":
+        return None
+    p = SIZES[arguments[0]]
+    state = state_size(p)
+    # A warp's chunk of 512 elements is p vectors for each thread: 512 / 32 elements, 16 / p in a vector.
+    chunk = p
+    match name:
+        case "squares_kernel":  # gradients; weights beside them if adaptive
+            return Traffic(p, reads=(p,) * int(arguments[1]), writes=(), vectors=min(chunk, 4))
+        case "inspect_kernel":  # gradients
+            return Traffic(p, reads=(p,), writes=(), vectors=min(chunk, 4))
+        case "perturb_kernel":  # weights, gradients -> backup, weights
+            return Traffic(p, reads=(p, p), writes=(p, p))
+        case "rademacher_kernel":  # -> signs
+            return Traffic(p, reads=(), writes=(p,), vectors=chunk)
+        case "hutchinson_kernel":  # products, estimate (not of the first sample) -> estimate
+            return Traffic(p, reads=(p, state), writes=(state,), vectors=chunk)
+        case "update_kernel":  # backup, gradients, m, D, products on a Hessian step -> weights, m, D on a Hessian step
+            product = SIZES.get(arguments[1])
+            read, written = (() if product is None else (product,)), (() if product is None else (state,))
+            # A skipped step copies the backup to the weights instead.
+            return Traffic(p, reads=(p, p, state, state, *read), writes=(p, state, *written), copies=1)
+    raise AssertionError(name)
+
+
+@functools.cache
+def kernels() -> set[Kernel]:
+    """Every kernel that csrc/cuda promises, for every dtype."""
+    found: set[Kernel] = {("norm_kernel",)}
+    for dtype, size in SIZES.items():
+        state = next(name for name, bytes_each in SIZES.items() if bytes_each == state_size(size))
+        found |= {(f"{name}_kernel", dtype) for name in ("inspect", "rademacher", "hutchinson")}
+        found |= {("squares_kernel", dtype, lists) for lists in ("1", "2")}
+        found |= {("perturb_kernel", dtype, adaptive) for adaptive in ("false", "true")}
+        found |= {("update_kernel", dtype, *rest) for rest in itertools.product(("void", dtype, state), POWERS)}
+    return found
