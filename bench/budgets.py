@@ -28,6 +28,7 @@ BUDGETS = {
     "host 1000": Budget("lazy step, 1000 tensors of 8 elements: time of AdamW(fused)", 0.5),
     "CNN": Budget("whole training step, CNN, exact products, k = 10: time of SGD", 2.3),
     "transformer": Budget("whole training step, transformer, exact products, k = 10: time of SGD", 2.3),
+    "import": Budget("import sassha_fused, beyond import torch", 100, " ms"),
     "memory, lazy": Budget("peak memory of a lazy step beyond parameters and gradients", 12, " bytes/parameter"),
     "memory, Hessian": Budget("peak memory of a Hessian step, its products included", 20, " bytes/parameter"),
 }

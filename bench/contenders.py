@@ -18,11 +18,11 @@ HESSIAN_INTERVAL = 2
 class Problem:
     """Parameters, the gradients of both passes and Hessian products, shared by all contenders of a run."""
 
-    def __init__(self, shapes: tuple[Shape, ...], seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self, shapes: tuple[Shape, ...], seed: int = 0, device: str = "cpu") -> None:
+        generator = torch.Generator(device).manual_seed(seed)
 
         def normal(scale: float) -> list[Tensor]:
-            return [torch.empty(shape).normal_(0, scale, generator=generator) for shape in shapes]
+            return [torch.empty(shape, device=device).normal_(0, scale, generator=generator) for shape in shapes]
 
         self.parameters = [tensor.requires_grad_() for tensor in normal(0.05)]
         self.first_gradients = normal(0.01)
