@@ -1,15 +1,42 @@
 """The passes of a step on a GPU, the kernels each consists of, and what they should take: bytes over bandwidth.
 
-``python -m bench.passes [float|double|__nv_bfloat16|__half]`` prints the table.
+``python -m bench.passes [float|double|__nv_bfloat16|__half]`` prints the table, and how much of the time that memory
+takes the float64 arithmetic would take by itself, by count.
 """
 
 import sys
+from dataclasses import dataclass
 
 from bench.bytes import Traffic, traffic
 from bench.report import aligned
 
 BANDWIDTHS = (3.0e12, 3.35e12)  # bytes per second: what an H100 SXM5 reaches in a copy, and what its memory is rated at
 PARAMETERS = (25.56e6, 124.44e6, 1e9)  # ResNet-50, GPT-2 small, a billion
+
+# Float64 operations per element, conversions from and to it included, as make sass shows them for float parameters.
+FLOAT64 = {"grad_norm": 2, "update_, lazy": 15}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What its maker says of it: float64 operations and conversions per clock and multiprocessor, among others."""
+
+    multiprocessors: int
+    clock: float  # Hz
+    bandwidth: float  # bytes per second
+    float64: float
+    conversions: float
+
+
+CHIPS = {
+    "H100 SXM5 (sm_90)": Chip(132, 1.70e9, 3.35e12, 64, 16),
+    "A100 (sm_80)": Chip(108, 1.41e9, 2.04e12, 32, 16),
+    "RTX 5090 (sm_120)": Chip(170, 2.41e9, 1.79e12, 2, 2),
+    "RTX 4090 (sm_89)": Chip(128, 2.52e9, 1.01e12, 2, 2),
+    "RTX 3090 (sm_86)": Chip(82, 1.70e9, 0.94e12, 2, 2),
+    "T4 (sm_75)": Chip(40, 1.59e9, 0.32e12, 2, 2),
+}
+CONVERSIONS = {"grad_norm": 1, "update_, lazy": 8}
 
 
 def passes(dtype: str) -> dict[str, list[tuple[str, ...]]]:
@@ -28,9 +55,9 @@ def passes(dtype: str) -> dict[str, list[tuple[str, ...]]]:
         "update_, lazy": [lazy],
         "update_, lazy, its check included": [check, lazy],
         "update_, Hessian": [hessian],
-        "update_, Hessian, its checks included": [check, norm, hessian],
+        "update_, Hessian, its checks included": [check, check, hessian],
         "lazy step": [norm, perturb, check, lazy],
-        "Hessian step": [norm, perturb, signs, check, norm, hessian],
+        "Hessian step": [norm, perturb, signs, check, check, hessian],
     }
 
 
@@ -62,7 +89,24 @@ def table(dtype: str) -> list[str]:
     return aligned(rows)
 
 
+def arithmetic(dtype: str) -> list[str]:
+    """The time of the float64 arithmetic over that of memory, a line for each chip."""
+    rows = [("chip", *FLOAT64)]
+    for name, chip in CHIPS.items():
+        cells = []
+        for called, operations in FLOAT64.items():
+            kernels = passes(dtype)[called]
+            memory = (bytes_read(kernels) + bytes_written(kernels)) / chip.bandwidth
+            slots = (operations - CONVERSIONS[called]) / chip.float64 + CONVERSIONS[called] / chip.conversions
+            cells.append(f"{slots / (chip.multiprocessors * chip.clock) / memory:.2f}")
+        rows.append((name, *cells))
+    return aligned(rows)
+
+
 if __name__ == "__main__":
     rates = " and ".join(f"{rate / 1e12:g}" for rate in BANDWIDTHS)
     print(f"bytes per parameter; microseconds at {rates} TB/s\n")
-    print("\n".join(table(sys.argv[1] if len(sys.argv) > 1 else "float")))
+    dtype = sys.argv[1] if len(sys.argv) > 1 else "float"
+    print("\n".join(table(dtype)))
+    print("\nfloat64 arithmetic over memory, by count\n")
+    print("\n".join(arithmetic(dtype)))

@@ -440,6 +440,18 @@ def test_one_element_that_is_not_finite_skips_the_step_where_gradients_are_guard
 
 @each_backend
 @each_dtype
+def test_the_largest_finite_gradients_and_products_skip_no_step(backend: str, dtype: torch.dtype) -> None:
+    case = make_case(dtype, [Spec((40_000,), shift=1), *many(5)])
+    # Of float64 half the exponent: the check sums squares.
+    largest = 1e150 if dtype == torch.float64 else torch.finfo(dtype).max
+    for gradient, product in zip(case.grads, case.products, strict=True):
+        gradient.fill_(largest)
+        product.fill_(-largest)
+    assert update(backend, case, HYPER, True, guard_grads=True).skipped.tolist() == [0]
+
+
+@each_backend
+@each_dtype
 def test_a_skipped_step_brings_back_every_size_and_layout(backend: str, dtype: torch.dtype) -> None:
     check_skip(backend, make_case(dtype, [*every_size(dtype), *every_layout()]), torch.tensor(math.inf))
 

@@ -32,6 +32,7 @@ PRODUCTS = (
     f"{OPERATORS}::test_one_element_that_is_not_finite_skips_the_step_where_gradients_are_guards"
     "[nan-products-float32-cuda_emulated]"
 )
+LARGEST = f"{OPERATORS}::test_the_largest_finite_gradients_and_products_skip_no_step[float32-cuda_emulated]"
 PERTURB_SIZES = f"{PERTURB}[every size-float32-cuda_emulated]"
 PERTURB_ALIGNMENTS = f"{PERTURB}[every size at every alignment-float32-cuda_emulated]"
 UPDATE_SIZES = f"{UPDATE}[hessian-every size-float32-cuda_emulated]"
@@ -111,7 +112,7 @@ FAULTS = {
         "(unit - table.first_unit[entry]) * kUnit",
         (f"{ESTIMATE_BEYOND}[2^32+300-0]",),
     ),
-    # grad_norm.cu, squares.h, perturb.cu
+    # grad_norm.cu, sums.h, perturb.cu
     "the sums of earlier tables are lost": Fault(
         "grad_norm.cu", "partial.count += blocks;", "partial.count = blocks;", (f"{FULL_TABLE}[2501]",)
     ),
@@ -123,6 +124,7 @@ FAULTS = {
     "guards before the last four are lost": Fault(
         "update.cu", "partial.count += blocks;", "partial.count = blocks;", (GUARDS,)
     ),
+    "large numbers are taken for infinite": Fault("sums.h", "sum += 0.0f * widen(g)", "sum += widen(g)", (LARGEST,)),
     "products are not looked at": Fault("update.cu", "if (u.guard_grads && u.products)", "if (false)", (PRODUCTS,)),
     "steps are not counted": Fault("update.cu", "    a.steps[2 * row] = a.prepared[row].step;\n", "", (UPDATE_SIZES,)),
     "Hessian steps are not counted": Fault(

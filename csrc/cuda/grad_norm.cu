@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "cuda/launch.h"
-#include "cuda/squares.h"
+#include "cuda/sums.h"
 
 namespace sassha::cuda {
 

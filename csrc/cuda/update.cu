@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "cuda/launch.h"
-#include "cuda/squares.h"
+#include "cuda/sums.h"
 #include "math/sassha.h"
 
 namespace sassha::cuda {
@@ -36,7 +36,7 @@ struct Chores {
 };
 
 struct InspectArguments {
-  Table<1> table;   // gradients
+  Table<1> table;   // gradients or products
   double* partial;  // one per block; not finite where anything is not
   Chores chores;
 };
@@ -56,7 +56,7 @@ __device__ inline void prepare(const Chores& chores) {
 template <class P>
 __global__ void __launch_bounds__(kThreads) inspect_kernel(const __grid_constant__ InspectArguments a) {
   prepare(a.chores);
-  double sum = share_of_squares<P>(a.table);
+  double sum = share_of_findings<P>(a.table);
   if (threadIdx.x != 0) return;
   if (blockIdx.x == 0) {
     for (int i = 0; i < a.chores.guard_count; ++i) {
@@ -184,6 +184,26 @@ __global__ void __launch_bounds__(kThreads, (kUpdateBlocks<P, kPower>))
 
 namespace {
 
+// Looks at tensors and guards; chores are left with what did not find room in these launches.
+void inspect(const Target& target, const std::vector<int64_t>& numel, const Tensors& tensors, Chores& chores,
+             std::vector<Scalar>& guards, PartialSums& partial) {
+  with_dtype(tensors.dtype, [&](auto type) {
+    const auto kernel = inspect_kernel<typename decltype(type)::type>;
+    for_each_table<Table<1>>(
+        numel, nullptr, [&](Table<1>& table, int entry, int64_t i) { table.data[0][entry] = tensors.data[i]; },
+        [&](const Table<1>& table, int64_t) {
+          chores.guard_count = 0;
+          for (; !guards.empty() && chores.guard_count < kGuards; guards.pop_back()) {
+            chores.guards[chores.guard_count++] = guards.back();
+          }
+          const int blocks = blocks_for(kernel, table.first_unit[table.count]);
+          launch(target, kernel, blocks, InspectArguments{table, partial.sums + partial.count, chores});
+          partial.count += blocks;
+          chores.rows = 0;
+        });
+  });
+}
+
 // Looks at everything that must be finite, and prepares the rows of the counts.
 PartialSums inspect(const Target& target, const Update& u) {
   PartialSums partial{u.partial.sums, 0};
@@ -195,29 +215,11 @@ PartialSums inspect(const Target& target, const Update& u) {
   chores.steps = u.steps;
   chores.rows = u.step_rows;
   chores.prepared = static_cast<Prepared*>(u.scratch);
-  size_t guard = 0;
-  with_dtype(u.grads.dtype, [&](auto type) {
-    const auto kernel = inspect_kernel<typename decltype(type)::type>;
-    const std::vector<int64_t> none;
-    bool first = true;
-    while (first || guard < u.guards.size()) {
-      const auto& read = first && u.guard_grads ? u.numel : none;
-      for_each_table<Table<1>>(
-          read, nullptr, [&](Table<1>& table, int entry, int64_t i) { table.data[0][entry] = u.grads.data[i]; },
-          [&](const Table<1>& table, int64_t) {
-            chores.guard_count = 0;
-            while (guard < u.guards.size() && chores.guard_count < kGuards) {
-              chores.guards[chores.guard_count++] = u.guards[guard++];
-            }
-            const int blocks = blocks_for(kernel, table.first_unit[table.count]);
-            launch(target, kernel, blocks, InspectArguments{table, partial.sums + partial.count, chores});
-            partial.count += blocks;
-            chores.rows = 0;  // prepared
-          });
-      first = false;
-    }
-  });
-  if (u.guard_grads && u.products) sum_squares(target, u.numel, *u.products, nullptr, partial);
+  std::vector<Scalar> guards = u.guards;
+  const std::vector<int64_t> none;
+  inspect(target, u.guard_grads ? u.numel : none, u.grads, chores, guards, partial);
+  if (u.guard_grads && u.products) inspect(target, u.numel, *u.products, chores, guards, partial);
+  while (!guards.empty()) inspect(target, none, u.grads, chores, guards, partial);
   return partial;
 }
 
