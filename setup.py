@@ -51,6 +51,7 @@ NVCC_FLAGS = [
 ]
 # Kernel arguments of 32,764 bytes.
 OLDEST_NVCC = (12, 1)
+COMPILER_LAUNCHERS = ("ccache", "sccache", "distcc", "env")
 DEFAULT_ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 
 NOT_BUILT = """
@@ -96,6 +97,8 @@ def architecture_flags(nvcc: str) -> list[str]:
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", item)
         if match is None:
             sys.exit(f'sassha_fused: TORCH_CUDA_ARCH_LIST: {item!r} is no architecture, such as "9.0" or "12.0+PTX"')
+        if int(match[1]) < 7:
+            sys.exit(f"sassha_fused: TORCH_CUDA_ARCH_LIST: {item} is too old, the kernels need 7.0 or later")
         number = match[1] + match[2]
         if f"compute_{number.rstrip('af')}" not in listed:
             if asked:
@@ -115,7 +118,7 @@ def architecture_flags(nvcc: str) -> list[str]:
 def run(command: Sequence[str]) -> None:
     print(*command, flush=True)
     if subprocess.run(command).returncode != 0:
-        sys.exit(f"sassha_fused: {command[0]} failed")
+        sys.exit(f"sassha_fused: {command[0]} failed; SASSHA_FUSED_CUDA=0 builds without the CUDA kernels")
 
 
 def build_cuda(nvcc: str, compiler: str, library: Path, objects: Path) -> None:
@@ -123,6 +126,9 @@ def build_cuda(nvcc: str, compiler: str, library: Path, objects: Path) -> None:
     # Not torch's CUDAExtension: it refuses a CPU build of torch.
     from torch.utils.cpp_extension import include_paths, library_paths
 
+    # nvcc takes a host compiler, not what is put before its name.
+    words = compiler.split()
+    host = ["-ccbin", next((word for word in words if Path(word).name not in COMPILER_LAUNCHERS), words[-1])]
     headers = [*Path("csrc").rglob("*.h"), Path("setup.py")]
     newest_header = max(path.stat().st_mtime for path in headers)
     includes = [f"-isystem{path}" for path in include_paths()]
@@ -131,27 +137,28 @@ def build_cuda(nvcc: str, compiler: str, library: Path, objects: Path) -> None:
     def compile_one(source: Path) -> str:
         output = objects / f"{source.name}.o"
         if source.suffix == ".cu":
-            command = [nvcc, *NVCC_FLAGS, *architectures, "-ccbin", compiler.split()[0]]
+            command = [nvcc, *NVCC_FLAGS, *architectures, *host]
         else:
             command = [*compiler.split(), *COMPILE_FLAGS, "-DUSE_CUDA", "-fPIC", "-Icsrc", *includes]
         command += ["-c", str(source), "-o", str(output)]
         # The command stands beside the object: other targets or flags make another object.
         made_by = output.with_suffix(".command")
+        written = made_by.read_text() if made_by.exists() else None
         fresh = output.exists() and output.stat().st_mtime > max(newest_header, source.stat().st_mtime)
-        if not fresh or made_by.read_text() != " ".join(command):
+        if not fresh or written != " ".join(command):
+            made_by.unlink(missing_ok=True)
             run(command)
             made_by.write_text(" ".join(command))
         return str(output)
 
     objects.mkdir(parents=True, exist_ok=True)
     sources = sorted(path for path in Path("csrc/cuda").iterdir() if path.suffix in (".cu", ".cpp"))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         compiled = list(pool.map(compile_one, sources))
     library.parent.mkdir(parents=True, exist_ok=True)
     torch_libraries = [f"-L{path}" for path in library_paths()]
     # Entries for libtorch, as needed or not: without them the library does not load.
     torch_libraries += ["-Xlinker=--no-as-needed,-ltorch,-ltorch_cpu,--exclude-libs=ALL"]
-    host = ["-ccbin", compiler.split()[0]]
     # Nothing here calls device code of another file; the step would leave an empty cubin and the link line's paths.
     run([nvcc, "-shared", "-cudart=static", "--no-device-link", *host, *compiled, *torch_libraries, "-o", str(library)])
 

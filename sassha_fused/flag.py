@@ -10,6 +10,9 @@ class Flag:
     """Reads a one-element tensor once the device gets there, waiting for no more than what led up to it.
 
     Fake and meta tensors (torch.export, memory estimates) have no value to read: they count as 0.
+
+    Raises:
+        RuntimeError: the current stream is being captured.
     """
 
     def __init__(self, flag: Tensor) -> None:
@@ -20,6 +23,11 @@ class Flag:
         if not flag.is_cuda:
             self._value = flag
             return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "this step was captured in a CUDA graph, in whose replays nobody would count steps: "
+                "sassha_fused.graphs.GraphedStep captures and replays steps"
+            )
         # Pinned memory, so that the copy waits for its turn on the device, and nothing waits for the copy.
         self._value = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True)
         self._value.copy_(flag, non_blocking=True)

@@ -40,98 +40,109 @@ class GraphedStep:
             opt.param_groups[0]["lr"].fill_(schedule(...))
 
     A step that is not finite is skipped, and the schedule of Hessian steps goes on, as without graphs: before it
-    chooses a graph the host waits for the step before.
+    chooses a graph the host waits for the step before. Hooks on the optimizer's step do not run in replays.
 
     Args:
-        optimizer: all of its parameters on CUDA devices.
+        optimizer: all of its parameters on one CUDA device.
         closure: computes and returns the loss, without a choice that depends on values.
 
     Raises:
-        ValueError: a parameter, or a learning rate that is a tensor, is not on a CUDA device; and, in later calls,
-            where a hyperparameter has changed that the graphs have recorded as a number.
+        ValueError: the parameters, or a learning rate that is a tensor, are not on one CUDA device; and, in later
+            calls, where a hyperparameter has changed that the graphs have recorded.
     """
 
     def __init__(self, optimizer: Sassha, closure: Callable[[], Tensor]) -> None:
         self._optimizer, self._closure = optimizer, closure
-        self._check_devices()
+        self._device = self._find_device()
+        self._stream = torch.cuda.Stream(self._device)
+        # Graphs that never run at the same time may share their memory.
+        self._pool = torch.cuda.graph_pool_handle()
         self._forget()
 
-    def _check_devices(self) -> None:
-        for group in self._optimizer.param_groups:
-            for param in group["params"]:
-                if param.device.type != "cuda":
-                    raise ValueError(f"params must be on a CUDA device for CUDA graphs, got one on {param.device}")
-            lr = group["lr"]
-            if isinstance(lr, Tensor) and lr.device.type != "cuda":
-                raise ValueError(f"lr must be a float or on a CUDA device for CUDA graphs, got a tensor on {lr.device}")
+    def _find_device(self) -> torch.device:
+        groups = self._optimizer.param_groups
+        devices = {param.device for group in groups for param in group["params"]}
+        if len(devices) != 1 or next(iter(devices)).type != "cuda":
+            found = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"params must be on one CUDA device for CUDA graphs, got some on {found}")
+        (device,) = devices
+        for lr in (group["lr"] for group in groups):
+            if isinstance(lr, Tensor) and lr.device != device:
+                raise ValueError(f"lr must be a float or a tensor on {device} for CUDA graphs, got one on {lr.device}")
+        return device
 
     def _forget(self) -> None:
         self._captured: dict[Hashable, _Captured] = {}
         self._runs: dict[Hashable, int] = {}
-        self._numbers: list[dict[str, Any]] = []
+        self._recorded: list[dict[str, Any]] = []
         self._of: list[Bucket] = []
 
     def __call__(self) -> Tensor:
         """Takes a step; returns the loss of its first pass."""
         optimizer = self._optimizer
         optimizer.restore()
-        # Where the state has moved, as in load_state_dict, the graphs point at memory that is no longer the state's.
+        # Where state or parameters have changed, as in load_state_dict or add_param_group, the graphs point at memory
+        # that is no longer theirs.
         if [id(bucket) for bucket in self._of] != [id(bucket) for bucket in optimizer.buckets()]:
             self._forget()
             self._of = optimizer.buckets()
         kind = tuple(map(tuple, optimizer.due_rows()))
-        if self._runs.get(kind, 0) < _WARMUP:
-            self._runs[kind] = self._runs.get(kind, 0) + 1
-            return self._run()
-        self._check_numbers()
-        if kind not in self._captured:
-            self._captured[kind] = self._capture()
-        captured = self._captured[kind]
-        if captured.taken.evaluated:
-            optimizer.number_evaluation()
-        captured.graph.replay()
-        optimizer.await_verdict(captured.taken)
+        with torch.cuda.device(self._device):
+            if self._runs.get(kind, 0) < _WARMUP:
+                self._runs[kind] = self._runs.get(kind, 0) + 1
+                return self._run()
+            self._check_recorded()
+            if kind not in self._captured:
+                self._captured[kind] = self._capture()
+            captured = self._captured[kind]
+            if captured.taken.evaluated:
+                optimizer.number_evaluation()
+            captured.graph.replay()
+            optimizer.await_verdict(captured.taken)
         for selection in captured.taken.selections:
             selection.wrote_params()
         return captured.loss
 
     def _run(self) -> Tensor:
         """A usual step, on a stream of its own, as capturing asks of the steps before."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             loss = self._optimizer.step(self._closure)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         assert loss is not None
         return loss
 
     def _capture(self) -> _Captured:
         optimizer = self._optimizer
+        self._find_device()
         graph = torch.cuda.CUDAGraph()
         optimizer.captured, optimizer.capturing = None, True
         try:
-            with torch.cuda.graph(graph):
+            # The outer context sees to it that a capture that fails does not leave its stream the current one.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
+            ):
                 loss = optimizer.step(self._closure)
         finally:
             optimizer.capturing = False
         if loss is None or optimizer.captured is None:
             raise ValueError("closure must return a loss that depends on the parameters")
-        self._numbers = self._recorded()
+        self._recorded = self._hyperparameters()
         return _Captured(graph, loss, optimizer.captured)
 
-    def _recorded(self) -> list[dict[str, Any]]:
-        """What a graph records as numbers."""
+    def _hyperparameters(self) -> list[dict[str, Any]]:
+        """What a graph records: numbers, and where tensors are."""
         names = self._optimizer.defaults
-        return [
-            {name: group[name] for name in names if name in group and not isinstance(group[name], Tensor)}
-            for group in self._optimizer.param_groups
-        ]
+        return [{name: group[name] for name in names if name in group} for group in self._optimizer.param_groups]
 
-    def _check_numbers(self) -> None:
-        for recorded, now in zip(self._numbers, self._recorded()):
+    def _check_recorded(self) -> None:
+        for recorded, now in zip(self._recorded, self._hyperparameters()):
             for name, value in recorded.items():
-                if name not in now or now[name] != value:
+                same = now[name] is value if isinstance(value, Tensor) else now[name] == value
+                if not same:
                     raise ValueError(
-                        f"{name} was {value!r} when the step was captured in a CUDA graph and has changed: make a new "
-                        "GraphedStep, or, for lr, give the optimizer a tensor on the device and write into it"
+                        f"{name} was {value!r} when the step was captured in a CUDA graph and is {now[name]!r} now: "
+                        "make a new GraphedStep, or, for lr, give the optimizer a tensor on the device before that, "
+                        "and write into it"
                     )

@@ -71,13 +71,26 @@ def _load_cuda() -> str | None:
     return _load_extension("_cuda")
 
 
+@functools.cache
+def _refusal(device: int) -> str | None:
+    """Why a device runs no kernel: another architecture than was built for, or a driver that is too old."""
+    try:
+        _compiled().grad_norm([torch.ones(1, device=torch.device("cuda", device))], [], False)
+    except RuntimeError as error:
+        return f"the kernels do not run on cuda:{device}: {error}"
+    return None
+
+
 def _cuda_missing() -> str | None:
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     reason = _EXTENSION_MISSING or _load_cuda()
-    if reason is None and not torch.cuda.is_available():
+    if reason is not None:
+        return reason
+    if not torch.cuda.is_available():
         return "no CUDA device is available"
-    return reason
+    # Not before somebody uses the device: whoever only asks should not have to pay for its initialisation.
+    return _refusal(torch.cuda.current_device()) if torch.cuda.is_initialized() else None
 
 
 def _compiled() -> Operators:

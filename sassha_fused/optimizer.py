@@ -176,7 +176,6 @@ class Sassha(Optimizer):
     @property
     def hessian_due(self) -> bool:
         """Whether the second pass of this step, or of the next if none is under way, needs a graph of its gradients."""
-        self._settle()
         if self._perturbation is not None:
             return self._perturbation.due
         if self._first_pass:
@@ -187,7 +186,9 @@ class Sassha(Optimizer):
         return due
 
     def buckets(self) -> list[Bucket]:
-        """Where the state lies now."""
+        """Where the state lies now; nowhere, if the next step will lay it out anew."""
+        if self._buckets.outdated(self.param_groups, self.state):
+            return []
         return [bucket for bucket, _ in self._buckets]
 
     def due_rows(self) -> list[list[int]]:
@@ -384,7 +385,8 @@ class Sassha(Optimizer):
                 for update in passes:
                     update()
             except BaseException:
-                self._put_back([selection for selection, _ in parts])
+                if not self.capturing:
+                    self._put_back([selection for selection, _ in parts])
                 # Should one bucket's update have gone through before another's failed, its state knows its counts.
                 self._buckets = Buckets(self._backend)
                 raise
@@ -548,9 +550,12 @@ class Sassha(Optimizer):
         """After an exception in a step: the weights go back to w, and the step is over."""
         self._first_pass = False
         with uninterrupted():
-            if self.perturbed:
-                self._put_back(self._perturbation.selections)  # type: ignore[union-attr]
-            self._close()
+            try:
+                # What was captured has not run: the weights have not moved, and the backup is that of a step before.
+                if self.perturbed and not self.capturing:
+                    self._put_back(self._perturbation.selections)  # type: ignore[union-attr]
+            finally:
+                self._close()
 
     def _refuse_used_gradients(self, selections: Sequence[Selection]) -> None:
         if self._used is None or not selections:

@@ -218,17 +218,18 @@ class Buckets(list[tuple[Bucket, dict[str, Any]]]):
 
         settle brings the host's counts up to date, which may wait for the device: done only where they are needed.
         """
-        selections = None if self.stale or self._outdated(groups, states) else self._with_gradients()
+        selections = None if self.outdated(groups, states) else self._with_gradients()
         if selections is None or not all(s.bucket.is_current(s.rows[0]) for s in selections):
             settle()
             self.pack(groups, states)
             selections = self._with_gradients()
         return selections
 
-    def _outdated(self, groups: Sequence[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> bool:
+    def outdated(self, groups: Sequence[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> bool:
         """Whether a parameter waits for its state, or someone has edited the groups, their parameters or the states."""
         return (
-            any(param.grad is not None for param in self._stateless)
+            self.stale
+            or any(param.grad is not None for param in self._stateless)
             or len(states) < sum(len(bucket.params) for bucket, _ in self)
             or len(groups) != len(self._packed)
             or not all(_same(group["params"], packed) for group, packed in zip(groups, self._packed, strict=True))

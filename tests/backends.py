@@ -17,7 +17,13 @@ if torch.cuda.is_available():
 # What the others must equal bit for bit, where the arithmetic fixes every bit.
 BASELINE = "eager"
 
-_PARAMETERS = [pytest.param(name, marks=pytest.mark.gpu if name == "cuda" else ()) for name in BACKENDS]
+
+def marks_of(backend: str) -> list[pytest.MarkDecorator]:
+    """The marks of a test of this backend."""
+    return [pytest.mark.gpu] if BACKENDS[backend] == "cuda" else []
+
+
+_PARAMETERS = [pytest.param(name, marks=marks_of(name)) for name in BACKENDS]
 each_backend = pytest.mark.parametrize("backend", _PARAMETERS)
 each_other_backend = pytest.mark.parametrize("backend", [p for p in _PARAMETERS if p.values != (BASELINE,)])
 

@@ -2,9 +2,16 @@
 
 import os
 
+import torch
 from hypothesis import settings
 
 # No deadline: the first call of anything in torch is slow. In CI the examples are the same in every run.
 settings.register_profile("project", deadline=None, max_examples=50, print_blob=True)
 settings.register_profile("project-ci", settings.get_profile("project"), derandomize=True, database=None)
 settings.load_profile("project-ci" if "CI" in os.environ else "project")
+
+if torch.cuda.is_available():
+    # The networks under test must take the same passes in every run.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

@@ -173,6 +173,35 @@ def test_a_backend_that_cannot_serve_is_refused_with_its_reason(without_extensio
         Sassha([parameter(1.0)], backend="cpu")
 
 
+@pytest.mark.parametrize(
+    "names, reason",
+    [
+        ((), "this torch was built without CUDA"),
+        (("version",), "_cuda was not built"),
+        (("version", "loaded"), "no CUDA device is available"),
+        (("version", "loaded", "available"), None),
+        (("version", "loaded", "available", "initialized"), "do not run on cuda:0: no kernel image"),
+    ],
+    ids=str,
+)
+def test_why_the_cuda_kernels_cannot_be_used_is_told(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], reason: str | None
+) -> None:
+    def refuses(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0" if "version" in names else None)
+    not_built = "the extension sassha_fused._cuda was not built"
+    monkeypatch.setattr(ops, "_load_cuda", lambda: None if "loaded" in names else not_built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "available" in names)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: "initialized" in names)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "ones", refuses)
+    ops._refusal.cache_clear()
+    found = available_backends()["cuda"]
+    assert found is None if reason is None else found is not None and reason in found
+
+
 def test_auto_falls_back_to_eager_and_says_so_once(without_extension: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called = spy_on_eager(monkeypatch)
     with pytest.warns(UserWarning, match=without_extension) as caught:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sassha_fused import graphs
 from sassha_fused.graphs import GraphedStep
-from tests.helpers import Problem, assert_same
+from tests.helpers import Problem, assert_same, parameter
 
 
 class PlaybackGraph:
@@ -28,6 +28,9 @@ class PlaybackGraph:
 
 
 class NoStream:
+    def __init__(self, _: Any = None) -> None:
+        pass
+
     def wait_stream(self, _: Any) -> None:
         pass
 
@@ -53,7 +56,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PlaybackGraph]]:
             return captured
 
     @contextmanager
-    def capture(graph: PlaybackGraph) -> Iterator[None]:
+    def capture(graph: PlaybackGraph, pool: Any, stream: Any) -> Iterator[None]:
         made.append(graph)
         (problem,) = problems
         buckets = problem.opt.buckets()
@@ -61,13 +64,15 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PlaybackGraph]]:
         for bucket in buckets:
             live += [bucket.exp_avg, bucket.exp_hessian, bucket.backup, bucket.counts, bucket.skipped]
         before = [tensor.detach().clone() for tensor in live]
-        yield
-        with torch.no_grad():
-            for tensor, value in zip(live, before, strict=True):
-                tensor.copy_(value)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(live, before, strict=True):
+                    tensor.copy_(value)
 
     @contextmanager
-    def on(_: NoStream) -> Iterator[None]:
+    def on(_: Any) -> Iterator[None]:
         yield
 
     problems: list[Problem] = []
@@ -76,7 +81,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PlaybackGraph]]:
     monkeypatch.setattr(torch.cuda, "Stream", NoStream)
     monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
     monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(GraphedStep, "_check_devices", lambda self: None)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(GraphedStep, "_find_device", lambda self: torch.device("cpu"))
     monkeypatch.setattr(graphs, "GraphedStep", Graphed)
     monkeypatch.setattr(PlaybackGraph, "problems", problems, raising=False)
     yield made
@@ -134,9 +141,13 @@ def test_a_tensor_learning_rate_may_change_and_a_recorded_number_may_not(recorde
         usual.step()
         run(replayed, step, 1)
     assert_same(replayed.snapshot()["weights"], usual.snapshot()["weights"])
-    replayed.opt.param_groups[0]["rho"] = 0.123
-    with pytest.raises(ValueError, match=r"rho was 0\.2 when the step was captured"):
-        step()
+    group = replayed.opt.param_groups[0]
+    for name, other, message in (("rho", 0.123, r"rho was 0\.2"), ("lr", group["lr"].clone(), r"lr was tensor\(")):
+        kept, group[name] = group[name], other
+        with pytest.raises(ValueError, match=f"{message}.* when the step was captured"):
+            step()
+        group[name] = kept
+    step()
 
 
 def test_a_loaded_state_makes_new_graphs(recorded: list[PlaybackGraph]) -> None:
@@ -153,26 +164,63 @@ def test_a_loaded_state_makes_new_graphs(recorded: list[PlaybackGraph]) -> None:
     assert_same(replayed.snapshot(), usual.snapshot())
 
 
-def test_graphs_need_cuda_parameters_and_say_so() -> None:
+def test_a_group_that_joins_makes_new_graphs(recorded: list[PlaybackGraph]) -> None:
+    usual, replayed = Problem(), Problem()
+    step = graphed(replayed)
+    usual.train(12)
+    run(replayed, step, 12)
+    for problem in (usual, replayed):
+        late = parameter(0.5, -1.5)
+        problem.opt.add_param_group({"params": [late]})
+        problem.params.append(late)
+        loss = problem.loss
+        problem.loss = lambda loss=loss, late=late: loss() + (late**4).sum()  # type: ignore[method-assign]
+    step._closure = replayed.loss
+    usual.train(24)
+    run(replayed, step, 24)
+    assert_same(replayed.snapshot(), usual.snapshot())
+    assert usual.params[-1].tolist() != [0.5, -1.5]
+
+
+def test_graphs_need_one_cuda_device_and_say_so() -> None:
     problem = Problem()
-    with pytest.raises(ValueError, match="params must be on a CUDA device"):
+    with pytest.raises(ValueError, match=r"params must be on one CUDA device.*got some on cpu"):
         GraphedStep(problem.opt, problem.loss)
 
 
-def test_a_capture_that_fails_leaves_the_optimizer_usable(recorded: list[PlaybackGraph]) -> None:
-    problem = Problem()
+@pytest.mark.parametrize("passes", [0, 1])
+def test_a_capture_that_fails_changes_nothing(
+    recorded: list[PlaybackGraph], monkeypatch: pytest.MonkeyPatch, passes: int
+) -> None:
+    usual, problem = Problem(), Problem()
     step = graphed(problem)
-    run(problem, step, 4)
-    fail = True
+    usual.train(12)
+    left = passes
+    put_back = problem.opt._put_back
+
+    def put_back_outside_of_captures(selections: Any) -> None:
+        # In one nothing has run: the weights have not moved, and the backup is that of the step before.
+        assert not problem.opt.capturing
+        put_back(selections)
+
+    monkeypatch.setattr(problem.opt, "_put_back", put_back_outside_of_captures)
 
     def loss() -> Tensor:
-        if problem.opt.capturing and fail:
-            raise RuntimeError("operation not permitted when stream is capturing")
+        nonlocal left
+        if problem.opt.capturing:
+            if left == 0:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            left -= 1
         return problem.loss()
 
     step._closure = loss
-    with pytest.raises(RuntimeError, match="not permitted"):
-        run(problem, step, 12)
-    assert not problem.opt.capturing and not problem.opt.perturbed
-    fail = False
-    run(problem, step, 3)
+    for _ in range(40):
+        try:
+            run(problem, step, 1)
+        except RuntimeError as error:
+            assert "not permitted" in str(error)
+            break
+    assert recorded and not problem.opt.capturing and not problem.opt.perturbed
+    step._closure = problem.loss
+    run(problem, step, 12 - problem.steps)
+    assert_same(problem.snapshot(), usual.snapshot())

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.backends import BACKENDS, BASELINE, each_backend, each_other_backend, evaluation_on, operators_of
+from tests.backends import BACKENDS, BASELINE, each_backend, each_other_backend, evaluation_on, marks_of, operators_of
 from tests.cases import (
     DTYPES,
     GENERAL_POWER_ULPS,
@@ -638,9 +638,9 @@ def test_the_number_of_threads_changes_no_bit_of_the_norm(backend: str, dtype: t
 # The baseline leaves the threads to torch, whatever the list.
 @pytest.mark.parametrize(
     "backend, specs",
-    [(name, "a long one") for name in BACKENDS]
+    [pytest.param(name, "a long one", marks=marks_of(name)) for name in BACKENDS]
     + [
-        (name, specs)
+        pytest.param(name, specs, marks=marks_of(name))
         for name in BACKENDS
         if name != BASELINE
         for specs in ("every size at every alignment", "every layout", "1000 tensors")

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sassha_fused import eager
 from sassha_fused.ops import NAMES
-from tests.backends import BACKENDS, operators_of
+from tests.backends import BACKENDS, marks_of, operators_of
 from tests.cases import (
     PART_ALIGNMENT,
     Case,
@@ -49,7 +49,7 @@ def arguments_of(name: str, case: Case) -> dict[str, Any]:
             "signs": case.params,
             "indices": case.indices,
             "seed": 1,
-            "evaluation": torch.tensor(2),
+            "evaluation": torch.tensor(2, device=case.backup.device),
             "sample": 3,
         },
         "hutchinson_": {
@@ -58,7 +58,7 @@ def arguments_of(name: str, case: Case) -> dict[str, Any]:
             "offsets": case.offsets,
             "indices": case.indices,
             "seed": 1,
-            "evaluation": torch.tensor(2),
+            "evaluation": torch.tensor(2, device=case.backup.device),
             "sample": 1,
             "samples": 3,
         },
@@ -241,9 +241,11 @@ BAD_ARGUMENTS = [
         ("perturb_", "offsets", LENGTHS),
         ("perturb_", "norm", (reinterpreted, emptied)),
         ("rademacher_", "indices", (*LENGTHS, negative)),
+        ("rademacher_", "evaluation", (reinterpreted, emptied)),
         ("hutchinson_", "estimate", FLATS),
         ("hutchinson_", "offsets", LENGTHS),
         ("hutchinson_", "indices", (*LENGTHS, negative)),
+        ("hutchinson_", "evaluation", (reinterpreted, emptied)),
         ("update_", "grads", TENSORS),
         ("update_", "products", TENSORS),
         ("update_", "backup", FLATS),
@@ -261,7 +263,7 @@ BAD_ARGUMENTS = [
 
 # Compiled kernels write through pointers and check every argument; eager leaves all but the gradients to torch.
 REFUSED = [
-    pytest.param(backend, *bad, id="-".join((bad[0], bad[1], bad[2].__name__, backend)))
+    pytest.param(backend, *bad, id="-".join((bad[0], bad[1], bad[2].__name__, backend)), marks=marks_of(backend))
     for backend in BACKENDS
     for bad in BAD_ARGUMENTS
     if backend != "eager" or bad[1] == "grads"

@@ -41,7 +41,7 @@ void sum_lists(const Target& target, const std::vector<int64_t>& numel, const Te
         for (int list = 0; list < kLists; ++list) table.data[list][entry] = lists[list]->data[i];
       },
       [&](const Table<kLists>& table, int64_t) {
-        const int blocks = blocks_for(squares_kernel<P, kLists>, table.first_unit[table.count]);
+        const int blocks = blocks_for(target, squares_kernel<P, kLists>, table.first_unit[table.count]);
         launch(target, squares_kernel<P, kLists>, blocks,
                SquaresArguments<kLists>{table, partial.sums + partial.count});
         partial.count += blocks;
@@ -50,9 +50,9 @@ void sum_lists(const Target& target, const std::vector<int64_t>& numel, const Te
 
 }  // namespace
 
-int64_t most_partial_sums(const std::vector<int64_t>& numel) {
+int64_t most_partial_sums(const Target& target, const std::vector<int64_t>& numel) {
   const int64_t tables = static_cast<int64_t>(numel.size()) / Table<2>::kCapacity + 1;
-  return tables * multiprocessors() * kMostBlocksEach;
+  return tables * multiprocessors(target) * kMostBlocksEach;
 }
 
 void sum_squares(const Target& target, const std::vector<int64_t>& numel, const Tensors& grads, const Tensors* weights,

@@ -8,6 +8,7 @@
 #include "cuda/launchers.h"
 #include "cuda/platform.h"
 #include "cuda/table.h"
+#include "cuda/vectors.h"
 
 namespace sassha::cuda {
 
@@ -16,25 +17,25 @@ inline void check(cudaError_t error, const Target& target) {
   throw std::runtime_error(std::string("sassha_fused::") + target.name + ": CUDA error: " + cudaGetErrorString(error));
 }
 
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
-  return std::max(count, 1);
-}
-
-// No kernel here has more blocks than this on one multiprocessor: the most threads it holds are 2,048.
+// Blocks of no kernel here fill a multiprocessor beyond this: 2,048 threads are the most it holds.
 constexpr int kMostBlocksEach = 8;
 
-// Blocks for a number of elements: the kernels walk on through what is left, so no more than run at the same time.
+inline int multiprocessors(const Target& target) {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), target);
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), target);
+  return count;
+}
+
+// As many blocks as run at the same time: the kernels walk on through what is left. Fewer for a short list.
 template <class Arguments>
-int blocks_for(void (*kernel)(Arguments), int64_t units) {
+int blocks_for(const Target& target, void (*kernel)(Arguments), int64_t units) {
+  constexpr int64_t kUnitsPerBlock = kThreads / kWarp * kChunkUnits;
   int each = 0;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0);
-  const int64_t units_per_block = int64_t{4} * (kThreads / kWarp);
-  const int64_t wanted = (units + units_per_block - 1) / units_per_block;
-  const int64_t resident = int64_t{multiprocessors()} * std::clamp(each, 1, kMostBlocksEach);
-  return static_cast<int>(std::clamp(wanted, int64_t{1}, resident));
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0), target);
+  const int64_t wanted = (units + kUnitsPerBlock - 1) / kUnitsPerBlock;
+  const int64_t resident = int64_t{multiprocessors(target)} * std::min(each, kMostBlocksEach);
+  return static_cast<int>(std::clamp(wanted, int64_t{1}, std::max(resident, int64_t{1})));
 }
 
 template <class Arguments>

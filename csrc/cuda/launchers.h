@@ -37,7 +37,7 @@ struct PartialSums {
 };
 
 // How many partial sums a pass over tensors of these lengths leaves: at most this many.
-int64_t most_partial_sums(const std::vector<int64_t>& numel);
+int64_t most_partial_sums(const Target& target, const std::vector<int64_t>& numel);
 
 // Appends the sums of squares of gradients (times weights, where there are any) to partial.
 void sum_squares(const Target& target, const std::vector<int64_t>& numel, const Tensors& grads, const Tensors* weights,

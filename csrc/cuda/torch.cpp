@@ -59,8 +59,8 @@ Tensor scratch(const Tensor& like, int64_t bytes) { return torch::stable::new_em
 
 PartialSums partial_sums(const Tensor& memory) { return {static_cast<double*>(memory.mutable_data_ptr()), 0}; }
 
-int64_t sums_bytes(const std::vector<int64_t>& numel) {
-  return most_partial_sums(numel) * static_cast<int64_t>(sizeof(double));
+int64_t sums_bytes(const Target& target, const std::vector<int64_t>& numel) {
+  return most_partial_sums(target, numel) * static_cast<int64_t>(sizeof(double));
 }
 
 Tensor grad_norm(StableListHandle grad_list, StableListHandle param_list, bool adaptive) {
@@ -74,7 +74,7 @@ Tensor grad_norm(StableListHandle grad_list, StableListHandle param_list, bool a
   const Scope scope(first);
   const Target target{"grad_norm", scope.stream()};
   const auto numel = lengths_of(grads);
-  const Tensor memory = scratch(first, sums_bytes(numel));
+  const Tensor memory = scratch(first, sums_bytes(target, numel));
   PartialSums partial = partial_sums(memory);
   const Tensors gradients = memory_of(grads);
   const std::optional<Tensors> weights = adaptive ? std::optional(memory_of(params)) : std::nullopt;
@@ -99,21 +99,14 @@ void perturb_(StableListHandle param_list, StableListHandle grad_list, Tensor ba
   const Target target{"perturb_", scope.stream()};
   const auto numel = lengths_of(params);
   const Tensors weights = memory_of(params), gradients = memory_of(grads);
-  const Tensor memory = scratch(first, measure ? sums_bytes(numel) : 0);
+  const Tensor memory = scratch(first, measure ? sums_bytes(target, numel) : 0);
   PartialSums partial = partial_sums(memory);
   if (measure) sum_squares(target, numel, gradients, adaptive ? &weights : nullptr, partial);
-  perturb(target, {
-                      numel,
-                      offsets,
-                      weights,
-                      gradients,
-                      backup.mutable_data_ptr(),
-                      static_cast<double*>(norm.mutable_data_ptr()),
-                      partial,
-                      rho,
-                      adaptive,
-                      maximize,
-                  });
+  const Perturbation arguments{
+      numel,   offsets, weights,  gradients, backup.mutable_data_ptr(), static_cast<double*>(norm.mutable_data_ptr()),
+      partial, rho,     adaptive, maximize,
+  };
+  perturb(target, arguments);
   params.write_back();
 }
 
@@ -127,13 +120,13 @@ void rademacher_(StableListHandle sign_list, std::vector<int64_t> indices, int64
   signs.check_device(first);
   check_device(evaluation, first, "evaluation");
   const Scope scope(first);
-  rademacher({"rademacher_", scope.stream()}, lengths_of(signs), memory_of(signs),
-             {
-                 indices,
-                 static_cast<uint64_t>(seed),
-                 static_cast<const int64_t*>(evaluation.const_data_ptr()),
-                 static_cast<uint32_t>(sample),
-             });
+  const Signs stream{
+      indices,
+      static_cast<uint64_t>(seed),
+      static_cast<const int64_t*>(evaluation.const_data_ptr()),
+      static_cast<uint32_t>(sample),
+  };
+  rademacher({"rademacher_", scope.stream()}, lengths_of(signs), memory_of(signs), stream);
   signs.write_back();
 }
 
@@ -147,20 +140,23 @@ void hutchinson_(StableListHandle product_list, Tensor estimate, std::vector<int
   check_device(estimate, first, "estimate");
   check_device(evaluation, first, "evaluation");
   const Scope scope(first);
-  hutchinson({"hutchinson_", scope.stream()}, {
-                                                  lengths_of(products),
-                                                  offsets,
-                                                  memory_of(products),
-                                                  estimate.mutable_data_ptr(),
-                                                  {
-                                                      indices,
-                                                      static_cast<uint64_t>(seed),
-                                                      static_cast<const int64_t*>(evaluation.const_data_ptr()),
-                                                      static_cast<uint32_t>(sample),
-                                                  },
-                                                  sample == 0,
-                                                  sample == samples - 1 ? samples : 1,
-                                              });
+  const auto numel = lengths_of(products);
+  const Tensors memory = memory_of(products);
+  const Estimate arguments{
+      numel,
+      offsets,
+      memory,
+      estimate.mutable_data_ptr(),
+      {
+          indices,
+          static_cast<uint64_t>(seed),
+          static_cast<const int64_t*>(evaluation.const_data_ptr()),
+          static_cast<uint32_t>(sample),
+      },
+      sample == 0,
+      sample == samples - 1 ? samples : 1,
+  };
+  hutchinson({"hutchinson_", scope.stream()}, arguments);
 }
 
 void update_(StableListHandle param_list, StableListHandle grad_list, StableListHandle product_list, Tensor backup,
@@ -192,32 +188,34 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
   const auto numel = lengths_of(params);
   const Dtype dtype = dtype_of(exp_avg.scalar_type());
   const auto memory = [&](const TensorList& list) { return list.empty() ? Tensors{dtype, {}} : memory_of(list); };
-  const Tensors product_memory = memory(products);
+  const Tensors param_memory = memory(params), grad_memory = memory(grads), product_memory = memory(products);
+  const Target target{"update_", scope.stream()};
   // Gradients, products, and a launch for every few guards.
-  const Tensor sums =
-      scratch(steps, 2 * sums_bytes(numel) + static_cast<int64_t>((guards.size() + 1) * sizeof(double)));
+  const int64_t guard_bytes = static_cast<int64_t>((guards.size() + 1) * sizeof(double));
+  const Tensor sums = scratch(steps, 2 * sums_bytes(target, numel) + guard_bytes);
   const Tensor prepared = scratch(steps, scratch_bytes(steps.size(0)));
-  update({"update_", scope.stream()}, {
-                                          numel,
-                                          offsets,
-                                          rows,
-                                          memory(params),
-                                          memory(grads),
-                                          hessian_step ? &product_memory : nullptr,
-                                          backup.const_data_ptr(),
-                                          exp_avg.mutable_data_ptr(),
-                                          exp_hessian.mutable_data_ptr(),
-                                          static_cast<int64_t*>(steps.mutable_data_ptr()),
-                                          steps.size(0),
-                                          static_cast<int64_t*>(skipped.mutable_data_ptr()),
-                                          guard_scalars,
-                                          guard_grads,
-                                          rate ? &*rate : nullptr,
-                                          {lr, beta1, beta2, eps, weight_decay, hessian_power, maximize},
-                                          step_correction,
-                                          partial_sums(sums),
-                                          prepared.mutable_data_ptr(),
-                                      });
+  const Update arguments{
+      numel,
+      offsets,
+      rows,
+      param_memory,
+      grad_memory,
+      hessian_step ? &product_memory : nullptr,
+      backup.const_data_ptr(),
+      exp_avg.mutable_data_ptr(),
+      exp_hessian.mutable_data_ptr(),
+      static_cast<int64_t*>(steps.mutable_data_ptr()),
+      steps.size(0),
+      static_cast<int64_t*>(skipped.mutable_data_ptr()),
+      guard_scalars,
+      guard_grads,
+      rate ? &*rate : nullptr,
+      {lr, beta1, beta2, eps, weight_decay, hessian_power, maximize},
+      step_correction,
+      partial_sums(sums),
+      prepared.mutable_data_ptr(),
+  };
+  update(target, arguments);
   params.write_back();
 }
 

@@ -196,7 +196,9 @@ void inspect(const Target& target, const std::vector<int64_t>& numel, const Tens
           for (; !guards.empty() && chores.guard_count < kGuards; guards.pop_back()) {
             chores.guards[chores.guard_count++] = guards.back();
           }
-          const int blocks = blocks_for(kernel, table.first_unit[table.count]);
+          // Rows are many threads' work too, where there are few elements or none.
+          const int64_t units = std::max(int64_t{table.first_unit[table.count]}, chores.rows / (kWarp / kChunkUnits));
+          const int blocks = blocks_for(target, kernel, units);
           launch(target, kernel, blocks, InspectArguments{table, partial.sums + partial.count, chores});
           partial.count += blocks;
           chores.rows = 0;
@@ -238,7 +240,7 @@ void update_as(const Target& target, const Update& u, const PartialSums& partial
         if constexpr (kLists == 3) table.data[2][entry] = u.products->data[i];
       },
       [&](const UpdateTable<kLists>& table, int64_t origin) {
-        launch(target, kernel, blocks_for(kernel, table.first_unit[table.count]),
+        launch(target, kernel, blocks_for(target, kernel, table.first_unit[table.count]),
                UpdateArguments<H>{
                    table,
                    static_cast<const P*>(u.backup) + origin,
