@@ -51,7 +51,6 @@ NVCC_FLAGS = [
 ]
 # Kernel arguments of 32,764 bytes.
 OLDEST_NVCC = (12, 1)
-COMPILER_LAUNCHERS = ("ccache", "sccache", "distcc", "env")
 DEFAULT_ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 
 NOT_BUILT = """
@@ -126,9 +125,7 @@ def build_cuda(nvcc: str, compiler: str, library: Path, objects: Path) -> None:
     # Not torch's CUDAExtension: it refuses a CPU build of torch.
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    # nvcc takes a host compiler, not what is put before its name.
-    words = compiler.split()
-    host = ["-ccbin", next((word for word in words if Path(word).name not in COMPILER_LAUNCHERS), words[-1])]
+    host = ["-ccbin", compiler.split()[0]]
     headers = [*Path("csrc").rglob("*.h"), Path("setup.py")]
     newest_header = max(path.stat().st_mtime for path in headers)
     includes = [f"-isystem{path}" for path in include_paths()]

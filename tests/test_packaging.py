@@ -260,17 +260,6 @@ def test_an_architecture_before_the_kernels_is_refused(sources: Path, toolkit: P
     assert f"TORCH_CUDA_ARCH_LIST: {asked.split()[-1]} is too old" in done.stderr
 
 
-def test_nvcc_is_given_the_compiler_behind_its_launcher(sources: Path, toolkit: Path) -> None:
-    nvcc = make_compiler(toolkit / "bin" / "nvcc", NVCC_13, KNOWN_13)
-    launcher = sources / "ccache"
-    launcher.write_text('#!/bin/sh\n[ "$1" = --version ] && exec echo "ccache version 4.7"\nexec "$@"\n')
-    launcher.chmod(0o755)
-    done = build(sources, CXX=f"{launcher} {sources / 'c++'}")
-    assert done.returncode == 0, done.stderr
-    hosts = set(re.findall(r"-ccbin (\S+)", Path(f"{nvcc}.calls").read_text()))
-    assert hosts == {str(sources / "c++")}
-
-
 @pytest.mark.parametrize("asked", ["8.5", "9.0 13.0"])
 def test_an_architecture_that_nvcc_does_not_know_is_refused_with_those_it_knows(
     sources: Path, toolkit: Path, asked: str
