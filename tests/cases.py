@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -102,8 +103,22 @@ def part(flat: Tensor, offset: int, like: Tensor) -> Tensor:
     return flat[offset : offset + like.numel()]
 
 
+def units(count: int) -> int:
+    """A number of elements, rounded up to where the next part may start."""
+    return -(-count // PART_ALIGNMENT) * PART_ALIGNMENT
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sparse(count: int, dtype: torch.dtype) -> Tensor:
+    """Zeros that take up memory only where they are written."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    try:
+        return torch.frombuffer(mmap.mmap(-1, max(count * dtype.itemsize, 1), flags=flags), dtype=dtype, count=count)
+    except OSError as error:
+        pytest.skip(f"no address space for {count} elements: {error}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

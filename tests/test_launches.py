@@ -1,6 +1,5 @@
 """How many kernels a step launches on CUDA, at the shapes of real models: counted in place of running them."""
 
-import mmap
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from bench.shapes import MODELS
 from sassha_fused import Sassha, hvp, ops
 from tests import emulation
 from tests.backends import BACKENDS
+from tests.cases import sparse
 
 BACKEND = "cuda_emulated"
 assert BACKEND in BACKENDS
@@ -48,12 +48,6 @@ EXPECTED: dict[str, tuple[Launches, Launches]] = {
 }
 
 
-def untouched(count: int, dtype: torch.dtype) -> Tensor:
-    """Zeros that take up no memory until they are written."""
-    memory = mmap.mmap(-1, max(count * dtype.itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=dtype, count=count)
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of a large model stays out of memory, and Hessian products come from nowhere."""
@@ -61,10 +55,10 @@ def nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def sparse_zeros(size: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         large = isinstance(size, int) and size >= 1 << 20
-        return untouched(size, dtype) if large else zeros(size, dtype=dtype, device=device)
+        return sparse(size, dtype) if large else zeros(size, dtype=dtype, device=device)
 
     def sparse_zeros_like(like: Tensor) -> Tensor:
-        return untouched(like.numel(), like.dtype) if like.numel() >= 1 << 20 else zeros_like(like)
+        return sparse(like.numel(), like.dtype) if like.numel() >= 1 << 20 else zeros_like(like)
 
     def products(params: Any, gradients: Any, signs: list[Tensor], keep_graph: bool) -> list[Tensor]:
         return [torch.empty_like(z) for z in signs]
@@ -115,7 +109,7 @@ def take_step(opt: Sassha, counts: Counter[str]) -> Launches:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_step_launches_no_more_kernels_than_its_tables_need(counts: Counter[str], name: str) -> None:
-    params = [nn.Parameter(untouched(prod(shape), torch.float32).view(shape)) for shape in SHAPES[name]]
+    params = [nn.Parameter(sparse(prod(shape), torch.float32).view(shape)) for shape in SHAPES[name]]
     opt = Sassha(params, hessian_interval=2, backend=BACKEND)
     lazy, more = EXPECTED[name]
     for _ in range(2):

@@ -18,7 +18,9 @@ from tests.test_emulation import CSRC_VARIABLE, run_tests
 PLAIN = ("-O0",)
 CHECKED = ("-O0", "-fsanitize=undefined", "-fno-sanitize-recover=undefined")
 
-OPERATORS, SIGNS, EMULATION = (f"tests/test_{name}.py" for name in ("operators", "signs", "emulation"))
+OPERATORS, SIGNS, EMULATION, TABLES, LONG = (
+    f"tests/test_{name}.py" for name in ("operators", "signs", "emulation", "tables", "long_tensors")
+)
 
 # What pytest returns where a test has failed; all above says that none was run.
 FAILED = 1
@@ -39,15 +41,15 @@ UPDATE_SIZES = f"{UPDATE}[hessian-every size-float32-cuda_emulated]"
 NORM_SIZES = f"{NORM}[False-every size-float32-cuda_emulated]"
 SIGN_INDICES = f"{SIGNS}::test_signs_from_any_index_on_are_those_of_the_reference"
 SUMS = f"{EMULATION}::test_one_sum_over_a_block_may_follow_another"
-FULL_TABLE = f"{EMULATION}::test_more_tensors_than_a_table_holds_go_into_several"
-PARTS = f"{EMULATION}::test_parts_may_be_left_out_and_come_in_any_order"
+FULL_TABLE = f"{TABLES}::test_more_tensors_than_a_table_holds_go_into_several"
+PARTS = f"{TABLES}::test_parts_may_be_left_out_and_come_in_any_order"
 LEFT_OUT = f"{PARTS}[every third left out-float32]"
 DESCENDING = f"{PARTS}[descending-float32]"
-PERTURB_BEYOND = f"{EMULATION}::test_perturb_reaches_elements_beyond_32_bits"
-ESTIMATE_BEYOND = f"{EMULATION}::test_the_estimate_reaches_elements_beyond_32_bits"
-ONE_BLOCK = f"{EMULATION}::test_one_block_does_the_work_of_all"
-AROUND = f"{EMULATION}::test_numbers_around_the_tensors_stay_as_they_are[float32]"
-OFFSETS = f"{EMULATION}::test_offsets_off_the_boundaries_of_units_are_refused"
+PERTURB_BEYOND = f"{LONG}::test_perturb_reaches_elements_beyond_32_bits"
+ESTIMATE_BEYOND = f"{LONG}::test_the_estimate_reaches_elements_beyond_32_bits"
+ONE_BLOCK = f"{TABLES}::test_one_block_does_the_work_of_all"
+AROUND = f"{TABLES}::test_numbers_around_the_tensors_stay_as_they_are[float32]"
+OFFSETS = f"{TABLES}::test_offsets_off_the_boundaries_of_units_are_refused"
 
 
 @dataclass(frozen=True)

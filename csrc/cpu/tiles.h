@@ -9,21 +9,11 @@
 #include <cstring>
 
 #include "cpu/platform.h"
+#include "math/compute.h"
 
 namespace sassha::cpu {
 
 constexpr int64_t kTile = 64;
-
-template <class P>
-struct ComputeType {
-  using type = float;
-};
-template <>
-struct ComputeType<double> {
-  using type = double;
-};
-template <class P>
-using Compute = typename ComputeType<P>::type;
 
 template <class P>
 SASSHA_CLONES void widen(const P* source, float* tile, int64_t n) {

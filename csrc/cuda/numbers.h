@@ -5,19 +5,9 @@
 
 #include "cuda/launchers.h"
 #include "cuda/platform.h"
+#include "math/compute.h"
 
 namespace sassha::cuda {
-
-template <class P>
-struct ComputeType {
-  using type = float;
-};
-template <>
-struct ComputeType<double> {
-  using type = double;
-};
-template <class P>
-using Compute = typename ComputeType<P>::type;
 
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(float x) { return x; }
