@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sassha_fused import Sassha, available_backends
 from sassha_fused.graphs import GraphedStep
 from sassha_fused.ops import operators
+from tests.backends import BACKENDS
 from tests.helpers import STYLES, assert_same
 from tests.reference import formula_perturb, signs
 
@@ -55,6 +56,10 @@ def test_the_cuda_kernels_serve_cuda_tensors() -> None:
     network = Network(backend="cuda")
     network.opt.step(network.loss)
     assert network.opt.skipped_steps == 0
+
+
+def test_the_conformance_suite_runs_on_this_device() -> None:
+    assert BACKENDS["cuda"] == "cuda"
 
 
 def test_the_self_test_passes_on_this_device() -> None:

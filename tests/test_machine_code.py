@@ -2,10 +2,12 @@
 
 import collections
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from bench import passes
 from bench.budgets import HESSIAN_BYTES, LAZY_BYTES
 from bench.bytes import POWERS, SIZES, VECTOR_BYTES, Kernel, kernels, traffic
 from bench.sass import ARCHITECTURES, LIBRARY, NO_TOOL, MachineCode, demangled, find_cuobjdump, parsed, read, shown
@@ -186,3 +188,9 @@ def test_mangled_names_are_read(symbol: str, name: str) -> None:
 
 def test_every_dtype_has_a_size() -> None:
     assert {kernel[1] for kernel in kernels() if len(kernel) > 1} == set(SIZES)
+
+
+@pytest.mark.parametrize("table", [passes.table, passes.arithmetic])
+def test_the_predictions_in_the_docs_are_those_that_the_bench_prints(table: Callable[[str], list[str]]) -> None:
+    docs = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
+    assert "\n".join(table("float")) in docs
