@@ -413,6 +413,7 @@ def test_a_guard_that_is_not_finite_restores_the_weights_and_writes_nothing_else
 def test_any_one_of_several_guards_skips_the_step(backend: str) -> None:
     case = make_case(torch.float32, many(5))
     good = [torch.tensor(3.4e38), torch.tensor(-1e308, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float16)]
+    good *= 2  # more than a CUDA launch takes
     for i in range(len(good) + 1):
         guards = [*good[:i], torch.tensor(math.nan), *good[i:]]
         check_skip(backend, case, *guards)

@@ -123,7 +123,7 @@ FAULTS = {
     ),
     "the measured norm is kept": Fault("perturb.cu", "*a.norm = norm;", "(void)norm;", (f"{FULL_TABLE}[986]",)),
     # update.cu
-    "guards before the last four are lost": Fault(
+    "the guards of further launches are lost": Fault(
         "update.cu", "partial.count += blocks;", "partial.count = blocks;", (GUARDS,)
     ),
     "large numbers are taken for infinite": Fault("sums.h", "sum += 0.0f * widen(g)", "sum += widen(g)", (LARGEST,)),
