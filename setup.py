@@ -120,7 +120,7 @@ def run(command: Sequence[str]) -> None:
         sys.exit(f"sassha_fused: {command[0]} failed; SASSHA_FUSED_CUDA=0 builds without the CUDA kernels")
 
 
-def build_cuda(nvcc: str, compiler: str, library: Path, objects: Path) -> None:
+def build_cuda(nvcc: str, architectures: Sequence[str], compiler: str, library: Path, objects: Path) -> None:
     """Compiles what changed, and links it: kernels by nvcc, without torch's headers; the glue by the C++ compiler."""
     # Not torch's CUDAExtension: it refuses a CPU build of torch.
     from torch.utils.cpp_extension import include_paths, library_paths
@@ -129,7 +129,6 @@ def build_cuda(nvcc: str, compiler: str, library: Path, objects: Path) -> None:
     headers = [*Path("csrc").rglob("*.h"), Path("setup.py")]
     newest_header = max(path.stat().st_mtime for path in headers)
     includes = [f"-isystem{path}" for path in include_paths()]
-    architectures = architecture_flags(nvcc)
 
     def compile_one(source: Path) -> str:
         output = objects / f"{source.name}.o"
@@ -189,7 +188,8 @@ def extension_arguments(compiler: str) -> dict[str, object]:
         report += NOT_BUILT.format(what=CUDA_KERNELS, reason=reason, instead=instead)
     else:
         extensions.append(Extension("sassha_fused._cuda", [], py_limited_api=True))
-        targets = re.findall(r",code=(\w+)", " ".join(architecture_flags(nvcc)))
+        architectures = architecture_flags(nvcc)
+        targets = re.findall(r",code=(\w+)", " ".join(architectures))
         report += f"sassha_fused: built {CUDA_KERNELS} (nvcc {nvcc_version}: {' '.join(targets)})"
 
     class Build(BuildExtension):
@@ -201,7 +201,7 @@ def extension_arguments(compiler: str) -> dict[str, object]:
             if extension.name != "sassha_fused._cuda":
                 return super().build_extension(extension)
             library = Path(self.get_ext_fullpath(extension.name))
-            build_cuda(nvcc, compiler, library, Path(self.build_temp) / "cuda")
+            build_cuda(nvcc, architectures, compiler, library, Path(self.build_temp) / "cuda")
 
     # One compiler for compiling and linking, and the ninja that pip installed beside this Python.
     os.environ["CXX"] = compiler

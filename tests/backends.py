@@ -7,10 +7,10 @@ from sassha_fused import ops
 from sassha_fused.ops import Operators, operators
 from tests import emulation
 
-ops.BACKENDS["cuda_emulated"] = ops.Backend(("cpu",), lambda: None, emulation.emulated)
+ops.BACKENDS[emulation.BACKEND] = ops.Backend(("cpu",), lambda: None, emulation.emulated)
 
 # Each backend's name, and the device whose tensors it is tested on.
-BACKENDS = {"eager": "cpu", "cpu": "cpu", "cuda_emulated": "cpu"}
+BACKENDS = {"eager": "cpu", "cpu": "cpu", emulation.BACKEND: "cpu"}
 if torch.cuda.is_available():
     BACKENDS["cuda"] = "cuda"
 

@@ -20,6 +20,9 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 from sassha_fused.ops import NAMES, Operators
 
+# The name of the backend that these are.
+BACKEND = "cuda_emulated"
+
 ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).parent / "cuda_emulation"
 BUILD = ROOT / "build" / "cuda_emulation"

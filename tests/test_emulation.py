@@ -15,9 +15,9 @@ from tests import emulation
 from tests.cases import (
     DTYPES,
 )
+from tests.emulation import BACKEND
 from tests.helpers import single_threaded
 
-BACKEND = "cuda_emulated"
 ORDERS = ("forward", "reversed", "shuffled")
 
 # Of the conformance tests those of this backend; of the files that have no other all.

@@ -16,8 +16,8 @@ from sassha_fused import Sassha, hvp, ops
 from tests import emulation
 from tests.backends import BACKENDS
 from tests.cases import sparse
+from tests.emulation import BACKEND
 
-BACKEND = "cuda_emulated"
 assert BACKEND in BACKENDS
 
 Shape = tuple[int, ...]

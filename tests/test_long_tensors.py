@@ -25,10 +25,9 @@ from tests.cases import (
     sparse,
     units,
 )
+from tests.emulation import BACKEND
 from tests.helpers import single_threaded
 from tests.reference import signs
-
-BACKEND = "cuda_emulated"
 
 one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
 

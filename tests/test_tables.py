@@ -29,9 +29,8 @@ from tests.cases import (
     units,
     whole,
 )
+from tests.emulation import BACKEND
 from tests.helpers import single_threaded
-
-BACKEND = "cuda_emulated"
 
 one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
 

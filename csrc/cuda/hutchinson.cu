@@ -55,12 +55,12 @@ void hutchinson(const Target& target, const Estimate& e) {
           table.index[entry] = i >= 0 ? e.signs.indices[i] : 0;
         },
         [&](const SignTable& table, int64_t origin) {
-          launch(target, kernel, blocks_for(target, kernel, table.first_unit[table.count]),
-                 HutchinsonArguments{table,
-                                     {e.signs.seed, e.signs.evaluation, e.signs.sample},
-                                     static_cast<Compute<P>*>(e.estimate) + origin,
-                                     e.first,
-                                     e.divisor});
+          launch_over_table(target, kernel,
+                            HutchinsonArguments{table,
+                                                {e.signs.seed, e.signs.evaluation, e.signs.sample},
+                                                static_cast<Compute<P>*>(e.estimate) + origin,
+                                                e.first,
+                                                e.divisor});
         });
   });
 }

@@ -46,4 +46,11 @@ void launch(const Target& target, void (*kernel)(Arguments), int blocks, const A
         target);
 }
 
+// One launch for all elements of the table in the arguments.
+template <class Arguments>
+void launch_over_table(const Target& target, void (*kernel)(Arguments), const Arguments& arguments) {
+  const auto& table = arguments.table;
+  launch(target, kernel, blocks_for(target, kernel, table.first_unit[table.count]), arguments);
+}
+
 }  // namespace sassha::cuda

@@ -66,9 +66,9 @@ void perturb(const Target& target, const Perturbation& p) {
           table.data[1][entry] = p.grads.data[i];
         },
         [&](const Table<2>& table, int64_t origin) {
-          launch(target, kernel, blocks_for(target, kernel, table.first_unit[table.count]),
-                 PerturbArguments{table, static_cast<P*>(p.backup) + origin, p.norm, p.partial.sums, p.partial.count,
-                                  p.rho, p.maximize});
+          launch_over_table(target, kernel,
+                            PerturbArguments{table, static_cast<P*>(p.backup) + origin, p.norm, p.partial.sums,
+                                             p.partial.count, p.rho, p.maximize});
         });
   });
 }

@@ -40,8 +40,8 @@ void rademacher(const Target& target, const std::vector<int64_t>& numel, const T
           table.index[entry] = stream.indices[i];
         },
         [&](const SignTable& table, int64_t) {
-          launch(target, kernel, blocks_for(target, kernel, table.first_unit[table.count]),
-                 RademacherArguments{table, {stream.seed, stream.evaluation, stream.sample}});
+          launch_over_table(target, kernel,
+                            RademacherArguments{table, {stream.seed, stream.evaluation, stream.sample}});
         });
   });
 }

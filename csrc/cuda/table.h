@@ -66,8 +66,10 @@ void for_each_table(const std::vector<int64_t>& numel, const std::vector<int64_t
   for (const int64_t length : numel) {
     if (length / kUnit >= kMostUnits) throw std::runtime_error("a tensor has 2^38 elements or more");
   }
-  for (const int64_t offset : offsets ? *offsets : std::vector<int64_t>()) {
-    if (offset % kUnit != 0) throw std::runtime_error("offsets of the state must be multiples of 128 elements");
+  if (offsets) {
+    for (const int64_t offset : *offsets) {
+      if (offset % kUnit != 0) throw std::runtime_error("offsets of the state must be multiples of 128 elements");
+    }
   }
   AnyTable table;
   table.count = 0;

@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, (kUpdateBlocks<P, kPower>))
 
 namespace {
 
-// Looks at tensors and guards; chores are left with what did not find room in these launches.
+// Looks at tensors and as many guards as these launches take; the others are left in guards.
 void inspect(const Target& target, const std::vector<int64_t>& numel, const Tensors& tensors, Chores& chores,
              std::vector<Scalar>& guards, PartialSums& partial) {
   with_dtype(tensors.dtype, [&](auto type) {
@@ -240,19 +240,19 @@ void update_as(const Target& target, const Update& u, const PartialSums& partial
         if constexpr (kLists == 3) table.data[2][entry] = u.products->data[i];
       },
       [&](const UpdateTable<kLists>& table, int64_t origin) {
-        launch(target, kernel, blocks_for(target, kernel, table.first_unit[table.count]),
-               UpdateArguments<H>{
-                   table,
-                   static_cast<const P*>(u.backup) + origin,
-                   static_cast<T*>(u.exp_avg) + origin,
-                   static_cast<T*>(u.exp_hessian) + origin,
-                   u.steps,
-                   u.skipped,
-                   static_cast<const Prepared*>(u.scratch),
-                   partial.sums,
-                   partial.count,
-                   update_constants(u.hyperparameters),
-               });
+        launch_over_table(target, kernel,
+                          UpdateArguments<H>{
+                              table,
+                              static_cast<const P*>(u.backup) + origin,
+                              static_cast<T*>(u.exp_avg) + origin,
+                              static_cast<T*>(u.exp_hessian) + origin,
+                              u.steps,
+                              u.skipped,
+                              static_cast<const Prepared*>(u.scratch),
+                              partial.sums,
+                              partial.count,
+                              update_constants(u.hyperparameters),
+                          });
       });
 }
 
