@@ -184,7 +184,7 @@ def extension_arguments(compiler: str) -> dict[str, object]:
     except NoCuda as reason:
         if os.environ.get("SASSHA_FUSED_CUDA") == "1":
             sys.exit(f"sassha_fused: SASSHA_FUSED_CUDA=1, but _cuda cannot be built: {reason}")
-        instead = 'operators on CUDA tensors run in plain torch (backend "eager")'
+        instead = 'operators on CUDA tensors run in Triton (backend "triton"), or without that in plain torch ("eager")'
         report += NOT_BUILT.format(what=CUDA_KERNELS, reason=reason, instead=instead)
     else:
         extensions.append(Extension("sassha_fused._cuda", [], py_limited_api=True))
@@ -224,7 +224,9 @@ else:
 if reason and os.environ.get("SASSHA_FUSED_CUDA") == "1":
     sys.exit(f"sassha_fused: SASSHA_FUSED_CUDA=1, but _cuda cannot be built: {reason}")
 elif reason:
-    everything = 'every operator runs in plain torch (backend "eager")'
+    everything = (
+        'every operator runs in plain torch (backend "eager"), on CUDA tensors in Triton where that is installed'
+    )
     print(NOT_BUILT.format(what=CPU_KERNELS, reason=reason, instead=everything), file=sys.stderr)
     setup()
 else:

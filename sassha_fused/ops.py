@@ -7,6 +7,7 @@ Every backend has the five functions of :class:`Operators`, with the arguments o
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -72,13 +73,18 @@ def _load_cuda() -> str | None:
 
 
 @functools.cache
-def _refusal(device: int) -> str | None:
-    """Why a device runs no kernel: another architecture than was built for, or a driver that is too old."""
+def _refusal(backend: str, device: int) -> str | None:
+    """Why a GPU runs no kernel: another architecture than was built for, a driver that is too old, no C compiler."""
     try:
-        _compiled().grad_norm([torch.ones(1, device=torch.device("cuda", device))], [], False)
-    except RuntimeError as error:
-        return f"the kernels do not run on cuda:{device}: {error}"
+        BACKENDS[backend].load().grad_norm([torch.ones(1, device=torch.device("cuda", device))], [], False)
+    except Exception as error:  # Triton's are of many types
+        return f"the kernels do not run on cuda:{device}: {' '.join(str(error).split())}"
     return None
+
+
+def _refusal_of_current_device(backend: str) -> str | None:
+    # Not before somebody uses the device: whoever only asks should not have to pay for its initialisation.
+    return _refusal(backend, torch.cuda.current_device()) if torch.cuda.is_initialized() else None
 
 
 def _cuda_missing() -> str | None:
@@ -89,13 +95,34 @@ def _cuda_missing() -> str | None:
         return reason
     if not torch.cuda.is_available():
         return "no CUDA device is available"
-    # Not before somebody uses the device: whoever only asks should not have to pay for its initialisation.
-    return _refusal(torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+    return _refusal_of_current_device("cuda")
 
 
 def _compiled() -> Operators:
     namespace = torch.ops.sassha_fused
     return cast(Operators, SimpleNamespace(**{name: getattr(namespace, name).default for name in NAMES}))
+
+
+# Triton's own switch: its kernels then run as Python, on tensors of the CPU.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _load_triton() -> Operators:
+    from . import triton_kernels
+
+    return cast(Operators, triton_kernels)
+
+
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if not _INTERPRETED and not torch.cuda.is_available():
+        return "no GPU is available; TRITON_INTERPRET=1 in the environment runs the kernels on the CPU, very slowly"
+    try:
+        _load_triton()
+    except Exception as error:  # an import may fail in any way, and must not take the other backends along
+        return f"the kernels do not load: {error!r}"
+    return None if _INTERPRETED else _refusal_of_current_device("triton")
 
 
 @dataclass(frozen=True)
@@ -106,11 +133,13 @@ class Backend:
         devices: the types of the devices that it serves; None for any.
         missing: the reason why it cannot be used here, or None.
         load: its operators.
+        automatic: whether "auto" may choose it.
     """
 
     devices: tuple[str, ...] | None
     missing: Callable[[], str | None]
     load: Callable[[], Operators]
+    automatic: bool = True
 
     def serves(self, device: torch.device) -> bool:
         """Whether it works on tensors of this device."""
@@ -120,6 +149,7 @@ class Backend:
 # Best first.
 BACKENDS = {
     "cuda": Backend(("cuda",), _cuda_missing, _compiled),
+    "triton": Backend(("cpu",) if _INTERPRETED else ("cuda",), _triton_missing, _load_triton, not _INTERPRETED),
     "cpu": Backend(("cpu",), lambda: _EXTENSION_MISSING, _compiled),
     "eager": Backend(None, lambda: None, lambda: cast(Operators, eager)),
 }
@@ -155,13 +185,20 @@ def operators(name: str, device: torch.device) -> Operators:
         if not BACKENDS[name].serves(device):
             raise ValueError(f"{argument} {name!r} cannot be used: it does not serve tensors on {device}")
         return BACKENDS[name].load()
+    reasons: list[str] = []
     for candidate, backend in BACKENDS.items():
-        if not backend.serves(device):
+        if not (backend.automatic and backend.serves(device)):
             continue
         reason = backend.missing()
         if reason is None:
+            if candidate == "eager" and reasons:
+                _warn_once(f"sassha_fused runs in plain torch, much slower than its kernels: {'; '.join(reasons)}")
             return backend.load()
-        if candidate not in _warned:
-            _warned.add(candidate)
-            warnings.warn(f"sassha_fused runs without its {candidate} kernels, much slower: {reason}", stacklevel=2)
+        reasons.append(f"{candidate}: {reason}")
     raise AssertionError("eager serves every device")
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)

@@ -1,5 +1,7 @@
 """The backends under test: a new one joins every conformance test by adding its name here."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -11,6 +13,13 @@ ops.BACKENDS[emulation.BACKEND] = ops.Backend(("cpu",), lambda: None, emulation.
 
 # Each backend's name, and the device whose tensors it is tested on.
 BACKENDS = {"eager": "cpu", "cpu": "cpu", emulation.BACKEND: "cpu"}
+if importlib.util.find_spec("triton") is not None:
+    # On the CPU interpreted (conftest.py).
+    BACKENDS["triton"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if BACKENDS["triton"] == "cpu":
+        from tests.interpreter import hasten
+
+        hasten()
 if torch.cuda.is_available():
     BACKENDS["cuda"] = "cuda"
 
@@ -23,9 +32,14 @@ def marks_of(backend: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.gpu] if BACKENDS[backend] == "cuda" else []
 
 
+# Those that run as Python: every tensor, and every few thousand elements, take milliseconds.
+INTERPRETED = {name for name in ("triton",) if BACKENDS.get(name) == "cpu"}
+
 _PARAMETERS = [pytest.param(name, marks=marks_of(name)) for name in BACKENDS]
 each_backend = pytest.mark.parametrize("backend", _PARAMETERS)
 each_other_backend = pytest.mark.parametrize("backend", [p for p in _PARAMETERS if p.values != (BASELINE,)])
+# For what would take them minutes, or has nothing to do with them.
+each_quick_backend = pytest.mark.parametrize("backend", [p for p in _PARAMETERS if p.values[0] not in INTERPRETED])
 
 
 def operators_of(backend: str) -> Operators:

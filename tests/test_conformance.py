@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sassha_fused import Sassha
-from tests.backends import BACKENDS, BASELINE, each_backend, each_other_backend
+from tests.backends import (
+    BACKENDS,
+    BASELINE,
+    INTERPRETED,
+    each_backend,
+    each_other_backend,
+    each_quick_backend,
+    marks_of,
+)
 from tests.cases import (
     GENERAL_POWER_ULPS,
     ULPS,
@@ -189,11 +197,16 @@ GRID = [
     for i, values in enumerate(itertools.product([1, 3, 10], [0, 4], [1, 3], [False, True], ["step", "update"]))
 ]
 COMMON = {"lr": 0.05, "rho": 0.1, "weight_decay": 0.02, "eps": 1e-2, "seed": 3}
-each_option = pytest.mark.parametrize("options", GRID, ids=lambda options: "-".join(map(str, options.values())))
 
 
-@each_backend
-@each_option
+@pytest.mark.parametrize(
+    "backend, options",
+    [
+        pytest.param(backend, options, marks=marks_of(backend), id="-".join(map(str, (*options.values(), backend))))
+        for backend in BACKENDS
+        for options in (GRID[::7] if backend in INTERPRETED else GRID)
+    ],
+)
 def test_float64_trajectory_is_that_of_the_reference(backend: str, options: dict[str, Any]) -> None:
     options = {**COMMON, **options}
     check_trajectory(backend, one_group, options, cached_reference_trajectory(one_group, tuple(options.items())))
@@ -228,7 +241,7 @@ def test_float64_trajectory_of_several_groups_is_that_of_the_reference(backend: 
     check_trajectory(backend, many_groups, options, cached_reference_trajectory(many_groups, tuple(options.items())))
 
 
-@each_backend
+@each_quick_backend
 @settings(max_examples=15)
 @given(
     lr=st.floats(0, 0.1),
@@ -438,7 +451,7 @@ def test_backends_take_the_same_trajectory_to_the_bit(
     assert_same_trajectory(found, expected)
 
 
-@each_backend
+@each_quick_backend
 @each_dtype
 def test_two_runs_take_the_same_trajectory_to_the_bit(backend: str, dtype: torch.dtype) -> None:
     options = {"hessian_interval": 3, "hessian_samples": 3, "hessian_power": 0.7}
@@ -446,7 +459,7 @@ def test_two_runs_take_the_same_trajectory_to_the_bit(backend: str, dtype: torch
     assert_same_trajectory(found, expected)
 
 
-@each_backend
+@each_quick_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_the_number_of_threads_changes_no_bit_of_the_trajectory(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sassha_fused import Sassha
-from tests.backends import BACKENDS, each_backend
+from tests.backends import BACKENDS, each_quick_backend
 from tests.cases import Recorder
 from tests.helpers import single_threaded
 
@@ -56,7 +56,7 @@ def assert_unbiased_with_the_variance_of_the_formula(estimates: Tensor, A: Tenso
     assert ((found - variance).abs() <= SIGMAS * ((fourth - variance.square()) / count).sqrt()).all()
 
 
-@each_backend
+@each_quick_backend
 @pytest.mark.parametrize("hessian_samples", [1, 3])
 def test_mean_of_the_estimate_over_seeds_and_evaluations_is_the_diagonal(backend: str, hessian_samples: int) -> None:
     # With beta2 = 0 the state is the estimate itself, with lr = 0 the weights stay, and each step is an evaluation.
@@ -71,7 +71,7 @@ def test_mean_of_the_estimate_over_seeds_and_evaluations_is_the_diagonal(backend
     assert_unbiased_with_the_variance_of_the_formula(torch.stack(estimates), A, hessian_samples)
 
 
-@each_backend
+@each_quick_backend
 @pytest.mark.parametrize("hessian_samples", [2, 3])
 def test_mean_of_the_signed_estimate_is_the_diagonal_of_an_indefinite_hessian(
     backend: str, hessian_samples: int, monkeypatch: pytest.MonkeyPatch
@@ -85,7 +85,7 @@ def test_mean_of_the_signed_estimate_is_the_diagonal_of_an_indefinite_hessian(
     assert_unbiased_with_the_variance_of_the_formula(torch.stack(estimates), A, hessian_samples)
 
 
-@each_backend
+@each_quick_backend
 def test_the_estimate_of_a_diagonal_hessian_is_exact(backend: str) -> None:
     A = hessian(positive=True).diag().diag()
     params = parameters(backend)

@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sassha_fused import Sassha, hvp, ops
 from tests.helpers import BACKENDS, STYLES, Problem
 
+# Of the kernels, none is started: where tensors are fake, nothing is launched.
+FAKED = [*BACKENDS, *(["triton"] if ops.BACKENDS["triton"].missing() is None else [])]
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "three samples": {"hessian_samples": 3},
@@ -38,7 +41,7 @@ def test_reading_a_value_raises_here(fake: FakeTensorMode) -> None:
         torch.ones(3).sum().item()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FAKED)
 @pytest.mark.parametrize("style", ["closure", "phase"])
 @pytest.mark.parametrize("name, tensor_lr", [*zip(OPTIONS, (False, True, False, True))])
 def test_whole_steps_read_no_value(fake: FakeTensorMode, backend: str, style: str, name: str, tensor_lr: bool) -> None:
@@ -86,7 +89,7 @@ def test_a_step_reads_one_value_back_namely_whether_the_one_before_was_skipped(b
     assert counts == [0, 1, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FAKED)
 def test_a_parameter_that_joins_late_reads_no_value(fake: FakeTensorMode, backend: str) -> None:
     first, late = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     opt = Sassha([first, late], backend=backend)
@@ -95,7 +98,7 @@ def test_a_parameter_that_joins_late_reads_no_value(fake: FakeTensorMode, backen
     assert set(opt.state[late]) == set(opt.state[first])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FAKED)
 def test_an_early_restore_reads_no_value(fake: FakeTensorMode, backend: str) -> None:
     w = nn.Parameter(torch.ones(3))
     opt = Sassha([w], backend=backend)
@@ -131,7 +134,7 @@ def ones(params: Any, gradients: Any, signs: list[Tensor], keep_graph: bool) -> 
     return [torch.ones_like(z) for z in signs]
 
 
-@pytest.mark.parametrize("backend", ["eager", "auto"])
+@pytest.mark.parametrize("backend", ["eager", "auto", "triton"])
 @pytest.mark.parametrize("name, lr_device", [*zip(OPTIONS, (None, "cpu", "cuda", "cuda"))])
 def test_perturb_and_step_on_fake_cuda_tensors_read_no_value(
     fake: FakeTensorMode,
@@ -143,6 +146,9 @@ def test_perturb_and_step_on_fake_cuda_tensors_read_no_value(
 ) -> None:
     # As where torch has CUDA: the compiled operators then serve fake tensors through their fake kernels.
     monkeypatch.setitem(ops.BACKENDS, "cuda", replace(ops.BACKENDS["cuda"], missing=lambda: None))
+    if backend == "triton":
+        triton = pytest.importorskip("triton") and ops.BACKENDS["triton"]
+        monkeypatch.setitem(ops.BACKENDS, "triton", replace(triton, devices=None, missing=lambda: None))
     monkeypatch.setitem(hvp.SOURCES, "autograd", hvp.HessianSource(ones, needs_graph=False))
     params = [
         nn.Parameter(torch.ones(4, 5, device="cuda")),

@@ -12,11 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.backends import BACKENDS, BASELINE, each_backend, each_other_backend, evaluation_on, marks_of, operators_of
+from tests.backends import (
+    BACKENDS,
+    BASELINE,
+    INTERPRETED,
+    each_backend,
+    each_other_backend,
+    each_quick_backend,
+    evaluation_on,
+    marks_of,
+    operators_of,
+)
 from tests.cases import (
     DTYPES,
     GENERAL_POWER_ULPS,
     LAYOUTS,
+    SIZES,
     ULPS,
     Case,
     Spec,
@@ -57,9 +68,26 @@ LISTS: dict[str, Callable[[torch.dtype], list[Spec]]] = {
 }
 
 
+# In place of these, for interpreted backends.
+SHORT_LISTS: dict[str, Callable[[torch.dtype], list[Spec]]] = {
+    "every size": lambda dtype: [Spec((size,), shift=i) for i, size in enumerate((*SIZES[1::4], SIZES[-1]))],
+    "every size at every alignment": lambda dtype: [
+        Spec((size,), shift=shift) for size in (1, 7, 128, 515) for shift in range(16 // dtype.itemsize)
+    ],
+    "57 tensors": lambda dtype: many(20),
+    "1000 tensors": lambda dtype: many(40),
+}
+
+
 @functools.cache
-def listed_case(dtype: torch.dtype, specs: str) -> Case:
-    return make_case(dtype, LISTS[specs](dtype))
+def _made(dtype: torch.dtype, make_specs: Callable[[torch.dtype], list[Spec]]) -> Case:
+    return make_case(dtype, make_specs(dtype))
+
+
+def listed_case(backend: str, dtype: torch.dtype, specs: str) -> Case:
+    """The case of a list for a backend."""
+    lists = {**LISTS, **SHORT_LISTS} if backend in INTERPRETED else LISTS
+    return _made(dtype, lists[specs])
 
 
 each_list = pytest.mark.parametrize("specs", [name for name in LISTS if name != "a long one"])
@@ -215,7 +243,7 @@ def check_hutchinson(backend: str, before: Case, sample: int, samples: int) -> N
 def test_perturb_moves_every_element_by_the_formula_and_nothing_else(
     backend: str, dtype: torch.dtype, specs: str
 ) -> None:
-    check_perturb(backend, listed_case(dtype, specs), 7.3)
+    check_perturb(backend, listed_case(backend, dtype, specs), 7.3)
 
 
 @each_backend
@@ -223,8 +251,8 @@ def test_perturb_moves_every_element_by_the_formula_and_nothing_else(
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_perturb_is_the_formula_in_every_mode(backend: str, dtype: torch.dtype, adaptive: bool, maximize: bool) -> None:
-    check_perturb(backend, listed_case(dtype, "every size"), 0.37, 0.05, adaptive, maximize)
-    check_perturb(backend, listed_case(dtype, "every layout"), 1e3, 3.0, adaptive, maximize)
+    check_perturb(backend, listed_case(backend, dtype, "every size"), 0.37, 0.05, adaptive, maximize)
+    check_perturb(backend, listed_case(backend, dtype, "every layout"), 1e3, 3.0, adaptive, maximize)
 
 
 @each_backend
@@ -233,7 +261,7 @@ def test_perturb_is_the_formula_in_every_mode(backend: str, dtype: torch.dtype, 
 def test_perturb_measures_the_norm_that_grad_norm_does(backend: str, dtype: torch.dtype, adaptive: bool) -> None:
     operators = operators_of(backend)
     for specs in ("every size", "every layout"):
-        given, measured = (listed_case(dtype, specs).to(BACKENDS[backend]) for _ in range(2))
+        given, measured = (listed_case(backend, dtype, specs).to(BACKENDS[backend]) for _ in range(2))
         norm = operators.grad_norm(given.grads, given.params if adaptive else [], adaptive)
         own = torch.full_like(norm, math.nan)
         for case, scalar, measure in ((given, norm, False), (measured, own, True)):
@@ -260,7 +288,7 @@ def test_the_perturbation_of_a_vanishing_gradient_is_that_of_the_formula(backend
 def test_update_changes_every_element_by_the_formula_and_nothing_else(
     backend: str, dtype: torch.dtype, specs: str, hessian: bool
 ) -> None:
-    check_update(backend, listed_case(dtype, specs), hessian)
+    check_update(backend, listed_case(backend, dtype, specs), hessian)
 
 
 @each_backend
@@ -274,7 +302,7 @@ def test_update_is_the_formula_in_every_mode(
 ) -> None:
     check_update(
         backend,
-        listed_case(dtype, "every size"),
+        listed_case(backend, dtype, "every size"),
         hessian,
         hessian_power=hessian_power,
         bias_correction=bias_correction,
@@ -295,7 +323,7 @@ def test_gradients_and_products_may_have_other_strides_than_their_parameter(
     check_update(backend, case, hessian=True)
 
 
-@each_other_backend
+@each_quick_backend
 @each_dtype
 def test_writes_too_large_for_the_caches_are_the_same_writes(backend: str, dtype: torch.dtype) -> None:
     # One call writes more than 8 MiB to each array, and must equal one call per tensor, each of which writes less.
@@ -374,15 +402,15 @@ def test_update_takes_products_in_the_dtype_of_the_state(backend: str, dtype: to
 @each_dtype
 @each_list
 def test_one_sample_of_the_estimate_is_the_product_with_its_signs(backend: str, dtype: torch.dtype, specs: str) -> None:
-    check_hutchinson(backend, listed_case(dtype, specs), 0, 1)
+    check_hutchinson(backend, listed_case(backend, dtype, specs), 0, 1)
 
 
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("sample", [0, 1, 2])
 def test_the_estimate_starts_at_zero_and_ends_as_the_mean(backend: str, dtype: torch.dtype, sample: int) -> None:
-    check_hutchinson(backend, listed_case(dtype, "every size"), sample, 3)
-    check_hutchinson(backend, listed_case(dtype, "every layout"), sample, 3)
+    check_hutchinson(backend, listed_case(backend, dtype, "every size"), sample, 3)
+    check_hutchinson(backend, listed_case(backend, dtype, "every layout"), sample, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -469,7 +497,7 @@ SAME_BITS_LISTS = ("every size at every alignment", "every layout", "57 tensors"
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_backends_perturb_to_the_same_bits(backend: str, dtype: torch.dtype, adaptive: bool) -> None:
     for specs in SAME_BITS_LISTS:
-        case = listed_case(dtype, specs)
+        case = listed_case(backend, dtype, specs)
         assert_same_case(*(perturb(name, case, 7.3, 0.2, adaptive, False) for name in (backend, BASELINE)))
 
 
@@ -481,7 +509,7 @@ def test_backends_update_to_the_same_bits(
     backend: str, dtype: torch.dtype, hessian_power: float, hessian: bool
 ) -> None:
     for specs in SAME_BITS_LISTS:
-        case = listed_case(dtype, specs)
+        case = listed_case(backend, dtype, specs)
         hyper = {**HYPER, "hessian_power": hessian_power}
         assert_same_case(*(update(name, case, hyper, hessian) for name in (backend, BASELINE)))
 
@@ -490,7 +518,7 @@ def test_backends_update_to_the_same_bits(
 @pytest.mark.parametrize("hessian_power", [0.5, 1.0])
 def test_compiled_backends_update_float64_to_the_same_bits(backend: str, hessian_power: float) -> None:
     # Bias corrections enter here without being rounded to float32: they too must be the same on every platform.
-    case = listed_case(torch.float64, "57 tensors").to("cpu")
+    case = listed_case(backend, torch.float64, "57 tensors").to("cpu")
     case.steps[:] = 10 ** (torch.rand(case.steps.shape, generator=torch.Generator().manual_seed(0)) * 9)
     hyper = {**HYPER, "hessian_power": hessian_power, "betas": (0.9, 0.99999)}
     assert_same_case(*(update(name, case, hyper, True) for name in (backend, "cpu")))
@@ -501,7 +529,7 @@ def test_compiled_backends_update_float64_to_the_same_bits(backend: str, hessian
 @pytest.mark.parametrize("sample", [0, 1, 2])
 def test_backends_estimate_to_the_same_bits(backend: str, dtype: torch.dtype, sample: int) -> None:
     for specs in SAME_BITS_LISTS:
-        case = listed_case(dtype, specs)
+        case = listed_case(backend, dtype, specs)
         assert_same_case(*(hutchinson(name, case, 1, 2, sample, 3) for name in (backend, BASELINE)))
 
 
@@ -573,7 +601,7 @@ def exact_norm(grads: Sequence[Tensor], params: Sequence[Tensor] | None = None) 
 @each_list
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_norm_is_exact_to_a_few_ulp_of_float64(backend: str, dtype: torch.dtype, specs: str, adaptive: bool) -> None:
-    case = listed_case(dtype, specs)
+    case = listed_case(backend, dtype, specs)
     expected = exact_norm(case.grads, case.params if adaptive else None)
     assert norm_of(backend, case.grads, case.params, adaptive) == pytest.approx(expected, rel=8 * 2**-53, abs=0)
 
@@ -606,8 +634,8 @@ def test_one_element_that_is_not_finite_shows_in_the_norm(
 @each_backend
 @each_dtype
 def test_norm_without_parameters_is_the_norm(backend: str, dtype: torch.dtype) -> None:
-    grads = listed_case(dtype, "57 tensors").grads
-    assert norm_of(backend, grads) == norm_of(backend, grads, listed_case(dtype, "57 tensors").params)
+    grads = listed_case(backend, dtype, "57 tensors").grads
+    assert norm_of(backend, grads) == norm_of(backend, grads, listed_case(backend, dtype, "57 tensors").params)
 
 
 @each_backend
@@ -636,14 +664,14 @@ def test_the_number_of_threads_changes_no_bit_of_the_norm(backend: str, dtype: t
     assert len(norms) == 1
 
 
-# The baseline leaves the threads to torch, whatever the list.
+# The baseline leaves the threads to torch, whatever the list; the interpreter has one.
 @pytest.mark.parametrize(
     "backend, specs",
-    [pytest.param(name, "a long one", marks=marks_of(name)) for name in BACKENDS]
+    [pytest.param(name, "a long one", marks=marks_of(name)) for name in BACKENDS if name not in INTERPRETED]
     + [
         pytest.param(name, specs, marks=marks_of(name))
         for name in BACKENDS
-        if name != BASELINE
+        if name not in {BASELINE, *INTERPRETED}
         for specs in ("every size at every alignment", "every layout", "1000 tensors")
     ],
 )
@@ -651,7 +679,7 @@ def test_the_number_of_threads_changes_no_bit_of_the_norm(backend: str, dtype: t
 def test_the_number_of_threads_changes_no_bit_of_what_is_written(backend: str, dtype: torch.dtype, specs: str) -> None:
     results: list[Case] = []
     for count in THREADS:
-        on = listed_case(dtype, specs).to(BACKENDS[backend])
+        on = listed_case(backend, dtype, specs).to(BACKENDS[backend])
         with threads(count):
             run_perturb(backend, on, 3.0, 0.2, True, False)
             run_hutchinson(backend, on, 1, 2, 0, 3)

@@ -51,8 +51,9 @@ def run(*command: str, directory: Path, **environment: str) -> subprocess.Comple
 def copy_sources(directory: Path) -> None:
     for file in FILES:
         shutil.copy(ROOT / file, directory)
-    for folder in ("csrc", "sassha_fused"):
-        shutil.copytree(ROOT / folder, directory / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    for folder in ("csrc", "sassha_fused", "triton_kernels"):
+        shutil.copytree(ROOT / folder, directory / folder, ignore=ignored, symlinks=True)
 
 
 @pytest.fixture(scope="module")

@@ -120,8 +120,16 @@ def test_every_file_of_the_package_is_in_the_wheel_and_nothing_else(wheel: Path,
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     package = ROOT / "sassha_fused"
     expected = {path.relative_to(ROOT).as_posix() for path in [*package.rglob("*.py"), package / "py.typed"]}
+    expected |= {f"sassha_fused/triton_kernels/{path.name}" for path in (ROOT / "triton_kernels").glob("*.py")}
     assert found == expected | {f"sassha_fused/{library.name}" for library in libraries.values()}
     assert {library.name for library in libraries.values()} <= {"_C.abi3.so", "_cuda.abi3.so"}
+
+
+def test_the_triton_kernels_load_from_where_the_wheel_is_installed(ask: Ask) -> None:
+    pytest.importorskip("triton")
+    # Interpreted, as conftest.py says in the environment, or on a GPU.
+    backends = "import json, sassha_fused; print(json.dumps(sassha_fused.available_backends()))"
+    assert ask(backends)["triton"] is None
 
 
 def test_every_kernel_is_there_for_every_architecture(cuobjdump: Callable[..., str]) -> None:

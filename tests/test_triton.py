@@ -1,0 +1,218 @@
+"""The Triton backend beyond conformance: when it serves, what it compiles, its tables, and the demo's model."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from examples.mnist.model import resnet
+from sassha_fused import Sassha, available_backends, ops
+from sassha_fused.triton_kernels import table
+from tests.backends import BACKENDS, marks_of
+from tests.cases import Spec, assert_same_bits, each_dtype, make_case
+from tests.emulation import ROOT
+from tests.helpers import single_threaded
+from tests.reference import signs, ulp
+from tests.test_operators import check_perturb, check_update, run_rademacher
+
+one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
+on_the_cpu = pytest.mark.skipif(BACKENDS["triton"] != "cpu", reason="Triton is not interpreted here")
+
+
+def compiled(*command: str) -> str:
+    """What a command of this Python prints where Triton is not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(16, 1, 28, 28, generator=generator), torch.randint(0, 10, (16,), generator=generator)
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptive": True, "hessian_samples": 2, "weight_decay": 0.01}], ids=str)
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=marks_of("triton"))])
+def test_every_step_of_the_demos_model_ends_within_4_ulp_of_that_on_the_cpu(
+    backend: str, options: dict[str, Any]
+) -> None:
+    models = [resnet(0), resnet(0).to(BACKENDS[backend])]
+    ours, theirs = (
+        Sassha(model.parameters(), lr=0.1, hessian_interval=5, backend=name, **options)
+        for model, name in zip(models, ("cpu", backend))
+    )
+    for step in range(20):
+        for opt, model in zip((ours, theirs), models):
+            images, labels = (t.to(next(model.parameters()).device) for t in batch(step))
+            opt.step(lambda model=model, images=images, labels=labels: F.cross_entropy(model(images), labels))
+        for (name, w), other in zip(models[0].named_parameters(), models[1].parameters()):
+            mine, its = ({"w": p.detach(), **opt.state[p]} for opt, p in ((ours, w), (theirs, other)))
+            assert mine.keys() == its.keys()
+            for key, expected in mine.items():
+                unit = ulp(expected, expected.dtype) if expected.is_floating_point() else 1
+                error = ((its[key].cpu().double() - expected.double()).abs() / unit).max()
+                assert error <= 4, f"step {step}, {name}, {key}: {error} ulp"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is compiled
+
+
+def test_nothing_is_compiled_anew_while_hyperparameters_steps_and_parameters_change() -> None:
+    steps = json.loads(compiled("-m", "tests.specializations"))
+    assert len(steps) == 100
+    first_cycles = {key for step in steps[:12] for key in step}
+    # Norm in two stages, perturb_, signs, two samples, and inspection and update of each kind of step.
+    assert len(first_cycles) == 10
+    assert {key for step in steps for key in step} == first_cycles
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    assert compiled("-c", "import sys, sassha_fused; print('triton' in sys.modules)").strip() == "False"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When it serves
+
+
+@pytest.mark.parametrize(
+    "installed, loads, gpu, reason",
+    [
+        (False, True, True, "Triton is not installed: pip install triton"),
+        (True, True, False, "no GPU is available; TRITON_INTERPRET=1"),
+        (True, False, True, "the kernels do not load: ImportError('broken')"),
+        (True, True, True, None),
+    ],
+)
+def test_why_triton_cannot_be_used_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, installed: bool, loads: bool, gpu: bool, reason: str | None
+) -> None:
+    def load() -> None:
+        if not loads:
+            raise ImportError("broken")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(ops, "_INTERPRETED", False)
+    monkeypatch.setattr(ops, "_load_triton", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    found = available_backends()["triton"]
+    assert found is None if reason is None else found is not None and reason in found and "\n" not in found
+
+
+def test_a_gpu_on_which_triton_cannot_launch_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Failed to find\n  C compiler")
+
+    monkeypatch.setattr(ops, "_INTERPRETED", False)
+    monkeypatch.setattr(torch, "ones", fails)
+    for name in ("is_available", "is_initialized"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    ops._refusal.cache_clear()
+    found = available_backends()["triton"]
+    assert found == "the kernels do not run on cuda:0: Failed to find C compiler"
+
+
+def test_auto_takes_triton_where_the_cuda_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ops.BACKENDS, "triton", ops.Backend(("cuda",), lambda: None, lambda: "those of Triton"))  # type: ignore[arg-type,return-value]
+    monkeypatch.setitem(ops.BACKENDS, "cuda", ops.Backend(("cuda",), lambda: "not built", lambda: pytest.fail()))
+    assert ops.operators("auto", torch.device("cuda")) == "those of Triton"
+
+
+@on_the_cpu
+def test_auto_never_takes_interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = ops.BACKENDS["cpu"]
+    monkeypatch.setitem(ops.BACKENDS, "cpu", ops.Backend(("cpu",), lambda: "not built", backend.load))
+    monkeypatch.setattr(ops, "_warned", set())
+    with pytest.warns(UserWarning, match="plain torch, much slower than its kernels: cpu: not built"):
+        assert ops.operators("auto", torch.device("cpu")) is ops.eager
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[table.Contents]:
+    """The contents of the tables that are built from now on, as on a GPU whose current stream is number 1."""
+    contents: list[table.Contents] = []
+    original = table._build
+
+    def build(device: torch.device, wanted: table.Contents) -> table.Table:
+        contents.append(wanted)
+        return original(torch.device("cpu"), wanted)
+
+    monkeypatch.setattr(table, "_build", build)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    on_stream(monkeypatch, 1)
+    table._kept.cache_clear()
+    return contents
+
+
+def on_stream(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    stream = type("Stream", (), {"cuda_stream": number})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+
+def contents_at(address: int) -> table.Contents:
+    return table.Contents((5,), 4, (table.Stream((address,), 4),), rows=(0,))
+
+
+CUDA = torch.device("cuda")
+
+
+def test_a_table_serves_again_while_the_pointers_stay(
+    built: list[table.Contents], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [table.table_on(CUDA, contents_at(address)) for address in (512, 1024, 512, 1024)]
+    assert built == [contents_at(512), contents_at(1024)]
+    assert found[0] is found[2] and found[1] is found[3] and found[0] is not found[1]
+    # The copy to the device is in the order of the stream that made it.
+    on_stream(monkeypatch, 2)
+    assert table.table_on(CUDA, contents_at(512)) is not found[0]
+
+
+def test_as_many_tables_are_kept_as_a_training_run_takes_turns_with(built: list[table.Contents]) -> None:
+    for _ in range(3):
+        for address in range(table._KEPT):
+            table.table_on(CUDA, contents_at(address))
+    assert len(built) == table._KEPT
+
+
+def test_the_tables_of_a_captured_graph_are_its_own_and_stay(
+    built: list[table.Contents], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = table.table_on(CUDA, contents_at(512))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(table, "_captured", [])
+    captured = [table.table_on(CUDA, contents_at(512)) for _ in range(2)]
+    assert len(built) == 3 and len({id(t) for t in (kept, *captured)}) == 3
+    assert all(t is its for t, its in zip(table._captured, captured, strict=True))
+
+
+@on_the_cpu
+@each_dtype
+def test_more_tensors_than_two_looks_at_the_table_can_tell_apart(dtype: torch.dtype) -> None:
+    # Each look tells 32 entries apart. Most are empty, or the interpreter would take its time.
+    sizes = [(3 * i) % 200 if i % 9 == 0 else 0 for i in range(1100)]
+    case = make_case(dtype, [Spec((size,), shift=i % 3) for i, size in enumerate(sizes)])
+    check_perturb("triton", case, 3.0)
+    check_update("triton", case, hessian=True)
+    run_rademacher("triton", case, 5, 6, 7)
+    expected = torch.cat([signs(i, p.numel(), 5, 6, 7) for i, p in zip(case.indices, case.params, strict=True)])
+    assert_same_bits(torch.cat(case.params), expected.to(dtype), "signs")

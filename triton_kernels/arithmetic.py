@@ -1,0 +1,126 @@
+"""The arithmetic of one element of Sassha (Shin et al., ICML 2025, arXiv 2502.18153): that of csrc/math, step by step.
+
+STATE is the dtype that is computed in: float64 for float64 parameters, float32 for float32, bfloat16 and float16 ones.
+Scalars are worked out in float64 and rounded to STATE once. Compiled without contraction, so each operation below is
+one IEEE rounding.
+"""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+SQUARE_ROOT = tl.constexpr(0)
+IDENTITY = tl.constexpr(1)
+GENERAL = tl.constexpr(2)
+
+# The interpreter cuts off what bfloat16 has no room for; devices round.
+_TRUNCATES = tl.constexpr(knobs.runtime.interpret)
+
+
+@triton.jit
+def double(x):
+    """A number given from outside as a float64 scalar: the interpreter hands it in as it is."""
+    return tl.full((), x, tl.float64)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """x in another dtype, rounded to nearest even."""
+    if _TRUNCATES and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        # A NaN stays one.
+        return tl.where(x == x, rounded, (bits >> 16) | 0x40).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def perturbed(w, g, scale, ADAPTIVE: tl.constexpr):
+    r""":math:`w + \epsilon^*`, scale being :math:`\rho / (N + 10^{-12})`."""
+    step = scale * g
+    if ADAPTIVE:
+        return w + step * (w * w)
+    else:
+        return w + step
+
+
+@triton.jit
+def root(x, POWER: tl.constexpr, power, STATE: tl.constexpr):
+    r""":math:`x^\alpha`."""
+    if POWER == IDENTITY:
+        return x
+    elif POWER == GENERAL:
+        # In double also for float: rounding the exponent to float alone would cost several ulp.
+        return tl.exp2(power * tl.log2(x.to(tl.float64))).to(STATE)
+    elif STATE == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def divided(x, y, STATE: tl.constexpr):
+    """x / y, rounded once: what Triton makes of a float32 division is not."""
+    if STATE == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def average(mean, beta, x, weight, STATE: tl.constexpr):
+    """beta mean + weight x, through float64: in float32 the roundings would add up to more than 4 ulp."""
+    return (beta * mean.to(tl.float64) + weight * x.to(tl.float64)).to(STATE)
+
+
+@triton.jit
+def updated(w, exp_avg, denominator, decay, step_size, STATE: tl.constexpr):
+    r""":math:`w (1 - \eta\lambda) - (\eta / c_1) m / ((D / c_2)^\alpha + \epsilon)`; decay and step_size are
+    :math:`1 - \eta\lambda` and :math:`\eta / c_1`.
+    """
+    direction = divided(exp_avg, denominator, STATE)
+    return (w.to(tl.float64) * decay - step_size * direction.to(tl.float64)).to(STATE)
+
+
+@triton.jit
+def _halves(x):
+    """A double as the sum of two of half its digits (Veltkamp)."""
+    scaled = x * 134217729.0  # 2^27 + 1
+    high = scaled - (scaled - x)
+    return high, x - high
+
+
+@triton.jit
+def _times(a, a_low, b, b_low):
+    """(a + a_low) (b + b_low) in twice the precision of double; the error of a b is Dekker's, as no fma need be."""
+    product = a * b
+    a_high, a_rest = _halves(a)
+    b_high, b_rest = _halves(b)
+    error = a_rest * b_rest - (((product - a_high * b_high) - a_rest * b_high) - a_high * b_rest)
+    rest = error + (a * b_low + a_low * b)
+    result = product + rest
+    return result, rest - (result - product)
+
+
+@triton.jit
+def integer_power(base, exponent):
+    """base^exponent, for a block of exponents of 0 or more, by repeated squaring in twice the precision of double."""
+    high = tl.full(exponent.shape, 1.0, tl.float64)
+    low = tl.zeros_like(high)
+    square, square_low = high * base, low
+    most = tl.max(exponent, axis=0)
+    while most > 0:
+        odd = (exponent & 1) != 0
+        product, product_low = _times(high, low, square, square_low)
+        high, low = tl.where(odd, product, high), tl.where(odd, product_low, low)
+        square, square_low = _times(square, square_low, square, square_low)
+        exponent = exponent >> 1
+        most = most >> 1
+    return high
+
+
+@triton.jit
+def bias_correction(beta, count):
+    r""":math:`1 - \beta^n`, for a block of counts that include the step being taken."""
+    return 1.0 - integer_power(beta, count)

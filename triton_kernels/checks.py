@@ -1,0 +1,82 @@
+"""What is refused of an operator's arguments before anything is computed: kernels read any address they are given.
+
+All raise ValueError. csrc/arguments.h checks the same for the compiled backends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..validation import DTYPES, check_gradients
+from .table import UNIT
+
+
+def check_list(name: str, tensors: Sequence[Tensor]) -> None:
+    """All tensors have one dtype, that of parameters, and are on one device."""
+    first = tensors[0]
+    if first.dtype not in DTYPES:
+        raise ValueError(f"{name}: dtype must be one of {', '.join(map(str, DTYPES))}, got {first.dtype}")
+    for i, t in enumerate(tensors):
+        if t.dtype != first.dtype or t.device != first.device:
+            raise ValueError(
+                f"{name}: tensor {i} is {t.dtype} on {t.device}, the first one {first.dtype} on {first.device}"
+            )
+
+
+def check_like(
+    params: Sequence[Tensor], name: str, tensors: Sequence[Tensor], wider: torch.dtype | None = None
+) -> None:
+    """There is one tensor per parameter, of its shape, dtype and device; or all of them have a wider dtype."""
+    if len(tensors) != len(params):
+        raise ValueError(f"{name}: expected {len(params)} tensors, one per parameter, got {len(tensors)}")
+    if not tensors:
+        return
+    check_list(name, tensors)
+    dtypes = (params[0].dtype, wider)
+    for i, (param, t) in enumerate(zip(params, tensors, strict=True)):
+        if t.shape != param.shape or t.dtype not in dtypes or t.device != param.device:
+            check_gradients(params, tensors)
+            raise ValueError(f"{name}: tensor {i} does not fit its parameter: {t.dtype}, {tuple(t.shape)}, {t.device}")
+
+
+def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> None:
+    """It has this dtype, if any is asked for, is on the device, and is contiguous."""
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, as the first tensor, got one on {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def check_scalar(name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> None:
+    """It has one element, of this dtype, or of any that parameters may have."""
+    check_tensor(name, tensor, dtype, device)
+    if tensor.numel() != 1:
+        raise ValueError(f"{name} must have one element, got {tensor.numel()}")
+    if dtype is None and tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {tensor.dtype}")
+
+
+def check_parts(tensors: Sequence[Tensor], offsets: Sequence[int], flat: Tensor) -> None:
+    """The parts that begin at these offsets of a flat buffer hold the tensors, and begin where units may."""
+    if len(offsets) != len(tensors):
+        raise ValueError(f"offsets: expected {len(tensors)}, one per tensor, got {len(offsets)}")
+    ends = [after if after > offset else flat.numel() for offset, after in zip(offsets, [*offsets[1:], 0])]
+    for i, (t, offset, end) in enumerate(zip(tensors, offsets, ends)):
+        if offset < 0 or offset % UNIT != 0:
+            raise ValueError(f"offsets must be multiples of {UNIT}, got {offset}")
+        if offset + t.numel() > end:
+            raise ValueError(f"tensor {i}, of {t.numel()} elements, does not fit its part of the state at {offset}")
+
+
+def check_numbers(name: str, tensors: Sequence[Tensor], numbers: Sequence[int], end: int) -> None:
+    """There is one number per tensor, from 0 to below an end."""
+    if len(numbers) != len(tensors):
+        raise ValueError(f"{name}: expected {len(tensors)}, one per tensor, got {len(numbers)}")
+    for number in numbers:
+        if not 0 <= number < end:
+            raise ValueError(f"{name} must be at least 0 and below {end}, got {number}")

@@ -1,0 +1,127 @@
+"""perturb_: the weights are saved and moved to w', where the second gradient is taken."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import state_dtype
+from .arithmetic import double, narrow, perturbed
+from .checks import check_like, check_list, check_parts, check_scalar, check_tensor
+from .launch import DTYPES, launch_over, registers_for, units_on
+from .lists import dense, has_memory, laid_out_like, write_back
+from .norm import sum_squares
+from .table import Contents, lengths_of, parts_of, stream_of, table_on
+from .tiles import entry_of, in_vectors, indices, load, place_of, store, stream, total
+
+
+@triton.jit
+def _perturb_tile(
+    w_at,
+    g_at,
+    backup_at,
+    begin,
+    end,
+    scale,
+    ADAPTIVE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    STATE: tl.constexpr,
+    UNITS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    index = indices(UNITS, VECTOR)
+    w = load(w_at, begin, end, index, DTYPE, VECTOR)
+    g = load(g_at, begin, end, index, DTYPE, VECTOR)
+    store(backup_at, begin, end, index, w, DTYPE, VECTOR)
+    moved = perturbed(w.to(STATE), g.to(STATE), scale, ADAPTIVE)
+    store(w_at, begin, end, index, narrow(moved, DTYPE), DTYPE, VECTOR)
+
+
+@triton.jit(do_not_specialize=["table", "count", "tiles", "partial", "partials", "norm", "rho"])
+def perturb_kernel(
+    table: tl.pointer_type(tl.int64),
+    count: tl.int64,
+    tiles: tl.int64,
+    partial: tl.pointer_type(tl.float64),
+    partials: tl.int64,
+    norm: tl.pointer_type(tl.float64),
+    rho: tl.float64,
+    ADAPTIVE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    STATE: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    r"""backup <- w; :math:`w \leftarrow w + \rho g / (N + 10^{-12})`, times :math:`w^2` if ADAPTIVE.
+
+    Streams: w, g and backup, of DTYPE and any length. N is in norm; or, where there are partial sums of squares, it is
+    worked out of them and put there. rho is negative where the objective is maximised.
+    Moves 16 bytes per float32 element.
+    """
+    VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    if partials > 0:
+        # Every program finishes the norm for itself, all to the same bits: a launch of its own would take longer.
+        size = tl.sqrt(total(partial, partials))
+        if tl.program_id(0) == 0:
+            tl.store(norm, size)
+    else:
+        size = tl.load(norm)
+    scale = (double(rho) / (size + double(1e-12))).to(STATE)
+    for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
+        entry = entry_of(table, count, tile)
+        before, begin, end = place_of(table, count, entry, tile, UNITS)
+        w_at = stream(table, count, entry, before, 0, DTYPE)
+        g_at = stream(table, count, entry, before, 1, DTYPE)
+        backup_at = stream(table, count, entry, before, 2, DTYPE)
+        if in_vectors(w_at | g_at | backup_at, begin, end, VECTOR):
+            _perturb_tile(w_at, g_at, backup_at, begin, end, scale, ADAPTIVE, DTYPE, STATE, UNITS, VECTOR)
+        else:
+            _perturb_tile(w_at, g_at, backup_at, begin, end, scale, ADAPTIVE, DTYPE, STATE, UNITS, 1)
+
+
+def perturb_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    backup: Tensor,
+    offsets: Sequence[int],
+    norm: Tensor,
+    measure: bool,
+    rho: float,
+    adaptive: bool,
+    maximize: bool,
+) -> None:
+    r"""backup <- w; :math:`w \leftarrow w + \epsilon^*` (csrc/schema.cpp).
+
+    Raises:
+        ValueError: arguments do not fit each other, before anything is written.
+    """
+    check_parts(params, offsets, backup)
+    check_like(params, "grads", grads)
+    if not params:
+        return
+    check_list("params", params)
+    first = params[0]
+    check_tensor("backup", backup, first.dtype, first.device)
+    check_scalar("norm", norm, torch.float64, first.device)
+    if not has_memory(first):
+        return
+    weights = dense(params)
+    gradients = laid_out_like(weights, grads)
+    partial = sum_squares(gradients, weights if adaptive else []) if measure else norm.reshape(1)
+    streams = (stream_of(weights), stream_of(gradients), parts_of(backup, offsets))
+    launch_over(
+        table_on(
+            first.device, Contents(lengths_of(weights), units_on(first.device, first.dtype, len(streams)), streams)
+        ),
+        perturb_kernel,
+        partial,
+        len(partial) if measure else 0,
+        norm,
+        -rho if maximize else rho,
+        registers=registers_for(first.dtype),
+        ADAPTIVE=adaptive,
+        DTYPE=DTYPES[first.dtype],
+        STATE=DTYPES[state_dtype(first)],
+    )
+    write_back(params, weights)
