@@ -11,7 +11,7 @@ PYTHONS := python3.11 python3 python3.12 python3.13 python3.10
 .DELETE_ON_ERROR:
 # No recipe calls make, and ninja trips over the job server of a make -j that it cannot reach.
 unexport MAKEFLAGS
-.PHONY: help demo test bench sass lint format build wheel clean compiler
+.PHONY: help demo test bench sass ptx lint format build wheel clean compiler
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -27,6 +27,9 @@ bench: compiler $(EXTENSION) ## time the optimizer step; the JSON goes to .bench
 
 sass: compiler $(EXTENSION) ## print what the CUDA kernels are made of: registers, spills, widths of accesses
 	$(VENV)/bin/python -m bench.sass
+
+ptx: $(VENV)/.dev ## print the same of the Triton kernels, compiled for NVIDIA and AMD
+	$(VENV)/bin/python -m bench.ptx
 
 lint: $(VENV)/.dev ## check style, spelling and types
 	$(VENV)/bin/ruff check

@@ -1,4 +1,4 @@
-"""What the kernels of csrc/cuda must move per element, from the sizes of dtypes. The one place for it.
+"""What the kernels, CUDA's and Triton's, must move per element, from the sizes of dtypes. The one place for it.
 
 Each array that a kernel cannot avoid reading or writing once is a stream, given as its bytes per element. State
 (exp_avg, exp_hessian, the Hessian estimate) is float64 beside float64 parameters and float32 beside all others.
@@ -25,7 +25,7 @@ class Traffic:
         size: of a parameter's element; a vector has as many elements as make 16 bytes of it.
         reads, writes: bytes per element of each stream.
         vectors: how many vectors the unrolled loop body has, each with all streams.
-        copies: streams of parameters that a second loop copies, one vector at a time, in place of the first.
+        copies: vectors of parameters that the body of a second loop copies, in place of the first.
     """
 
     size: int
@@ -61,33 +61,56 @@ def state_size(size: int) -> int:
     return max(size, SIZES["float"])
 
 
+def streams(
+    name: str, size: int, *, lists: int = 1, first: bool = False, product: int | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Bytes per element of each stream that a kernel reads, and of each that it writes.
+
+    Args:
+        size: of a parameter's element.
+        lists: for squares_kernel, 2 where weights are read beside the gradients.
+        first: for hutchinson_kernel, whether no estimate is there to be read.
+        product: the size of a product's element, where there are products beside the gradients.
+    """
+    state = state_size(size)
+    products = () if product is None else (product,)
+    match name:
+        case "squares_kernel":  # gradients; weights beside them if adaptive
+            return (size,) * lists, ()
+        case "inspect_kernel":  # gradients, products
+            return (size, *products), ()
+        case "perturb_kernel":  # weights, gradients -> backup, weights
+            return (size, size), (size, size)
+        case "rademacher_kernel":  # -> signs
+            return (), (size,)
+        case "hutchinson_kernel":  # products, estimate (not of the first sample) -> estimate
+            return (size,) if first else (size, state), (state,)
+        case "update_kernel":  # backup, gradients, m, D, products on a Hessian step -> weights, m, D on a Hessian step
+            return (size, size, state, state, *products), (size, state, *((state,) if products else ()))
+    raise KeyError(f"{name} is unknown here: add what it must move")
+
+
 def traffic(kernel: Kernel) -> Traffic | None:
-    """What a kernel moves; None for one without a part per element."""
+    """What a kernel of csrc/cuda moves; None for one without a part per element."""
     if kernel not in kernels():
         raise KeyError(f"{kernel} is unknown here: add what it must move")
     name, *arguments = kernel
     if name == "norm_kernel":
         return None
     p = SIZES[arguments[0]]
-    state = state_size(p)
     # A warp's chunk of 512 elements is p vectors for each thread: 512 / 32 elements, 16 / p in a vector.
     chunk = p
     match name:
-        case "squares_kernel":  # gradients; weights beside them if adaptive
-            return Traffic(p, reads=(p,) * int(arguments[1]), writes=(), vectors=min(chunk, 4))
-        case "inspect_kernel":  # gradients
-            return Traffic(p, reads=(p,), writes=(), vectors=min(chunk, 4))
-        case "perturb_kernel":  # weights, gradients -> backup, weights
-            return Traffic(p, reads=(p, p), writes=(p, p))
-        case "rademacher_kernel":  # -> signs
-            return Traffic(p, reads=(), writes=(p,), vectors=chunk)
-        case "hutchinson_kernel":  # products, estimate (not of the first sample) -> estimate
-            return Traffic(p, reads=(p, state), writes=(state,), vectors=chunk)
-        case "update_kernel":  # backup, gradients, m, D, products on a Hessian step -> weights, m, D on a Hessian step
-            product = SIZES.get(arguments[1])
-            read, written = (() if product is None else (product,)), (() if product is None else (state,))
-            # A skipped step copies the backup to the weights instead.
-            return Traffic(p, reads=(p, p, state, state, *read), writes=(p, state, *written), copies=1)
+        case "squares_kernel":
+            return Traffic(p, *streams(name, p, lists=int(arguments[1])), vectors=min(chunk, 4))
+        case "inspect_kernel":  # one list at a time
+            return Traffic(p, *streams(name, p), vectors=min(chunk, 4))
+        case "perturb_kernel":
+            return Traffic(p, *streams(name, p))
+        case "rademacher_kernel" | "hutchinson_kernel":
+            return Traffic(p, *streams(name, p), vectors=chunk)
+        case "update_kernel":  # a skipped step copies the backup to the weights instead
+            return Traffic(p, *streams(name, p, product=SIZES.get(arguments[1])), copies=1)
     raise AssertionError(name)
 
 

@@ -125,26 +125,34 @@ def shown(kernel: Kernel) -> str:
     return f"{name}<{', '.join(arguments)}>" if arguments else name
 
 
-def parsed(lines: Iterable[str]) -> Iterator[tuple[Kernel, MachineCode]]:
-    """The kernels in what cuobjdump -sass -res-usage prints of one architecture, each when its code is complete."""
-    resources: dict[str, tuple[int, ...]] = {}
+def functions(lines: Iterable[str]) -> Iterator[tuple[str, MachineCode]]:
+    """The symbols and the code in what cuobjdump -res-usage prints of one architecture, with -sass or without.
+
+    With -sass each comes when its code is complete; without, nothing is known of it but its resources.
+    """
+    found: dict[str, MachineCode] = {}
     described = ""
-    kernel: Kernel | None = None
-    code = MachineCode()
+    disassembled: str | None = None
     for line in lines:
         if matched := _INSTRUCTION.match(line):
-            code.count(matched[1], matched[2])
+            assert disassembled is not None, line
+            found[disassembled].count(matched[1], matched[2])
         elif matched := _NUMBERS.match(line):
-            resources[described] = tuple(map(int, matched.groups()))
+            registers, stack, shared, local = map(int, matched.groups())
+            found[described] = MachineCode(registers, stack, local, shared)
         elif matched := _RESOURCES.match(line):
             described = matched[1]
         elif matched := _FUNCTION.match(line):
-            if kernel is not None:
-                yield kernel, code
-            registers, stack, shared, local = resources[matched[1]]
-            kernel, code = demangled(matched[1]), MachineCode(registers, stack, local, shared)
-    if kernel is not None:
-        yield kernel, code
+            if disassembled is not None:
+                yield disassembled, found.pop(disassembled)
+            disassembled = matched[1]
+    yield from found.items()
+
+
+def parsed(lines: Iterable[str]) -> Iterator[tuple[Kernel, MachineCode]]:
+    """The kernels in what cuobjdump -sass -res-usage prints of one architecture, each when its code is complete."""
+    for symbol, code in functions(lines):
+        yield demangled(symbol), code
 
 
 def read(library: Path, architectures: Sequence[str] = ARCHITECTURES) -> dict[str, dict[Kernel, MachineCode]]:

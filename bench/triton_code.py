@@ -1,0 +1,163 @@
+"""Compiles every Triton kernel of the package, in every variant, without a GPU.
+
+    python -m bench.triton_code FOLDER [sm_90 gfx942 ...]
+
+The folder gets, for each target and variant, a file per kind of code (ptx and cubin, or amdgcn and hsaco) and
+index.json, a list of what Compiled holds. Triton keeps what it has compiled: a second run only writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+INDEX = "index.json"
+
+# By Triton's names; with the dtypes that the state of parameters has, and that of products.
+STATES = {"fp64": "fp64", "fp32": "fp32", "bf16": "fp32", "fp16": "fp32"}
+BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+POWERS = {0: "square root", 1: "identity", 2: "general"}
+
+_KINDS = ("ptx", "cubin", "amdgcn", "hsaco")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with its compile-time constants, dtypes by Triton's names, and the registers a thread is given."""
+
+    kernel: str
+    constants: dict[str, Any]
+    registers: int
+
+    @property
+    def name(self) -> str:
+        """Of the kernel and its constants, fit for a file."""
+        return "-".join((self.kernel, *(f"{key}={value}" for key, value in self.constants.items()))).lower()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a variant was compiled to.
+
+    Attributes:
+        target: the architecture.
+        threads: of a program.
+        shared: bytes of shared memory.
+        symbol: the name of the kernel in the code.
+        files: by kind of code, relative to the folder of the index.
+    """
+
+    variant: Variant
+    target: str
+    threads: int
+    shared: int
+    symbol: str
+    files: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> list[Compiled]:
+        """What the index of a folder lists."""
+        entries = json.loads((folder / INDEX).read_text())
+        return [cls(**{**entry, "variant": Variant(**entry["variant"])}) for entry in entries]
+
+
+def variants(warp_size: int) -> Iterator[Variant]:
+    """Every kernel in every variant that the operators launch, with the tiles that devices of this warp size get."""
+    import torch
+
+    from sassha_fused.triton_kernels.launch import registers_for, tile_units
+
+    dtypes = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    yield Variant("norm_kernel", {}, 64)
+    for dtype, state in STATES.items():
+
+        def units(streams: int) -> int:
+            return tile_units(dtypes[dtype], streams, warp_size)
+
+        for weighted in (False, True):
+            constants = {"WEIGHTED": weighted, "DTYPE": dtype, "UNITS": units(1 + weighted)}
+            yield Variant("squares_kernel", constants, registers_for(dtypes[dtype]))
+        for adaptive in (False, True):
+            constants = {"ADAPTIVE": adaptive, "DTYPE": dtype, "STATE": state, "UNITS": units(3)}
+            yield Variant("perturb_kernel", constants, registers_for(dtypes[dtype]))
+        yield Variant("rademacher_kernel", {"DTYPE": dtype, "UNITS": units(1)}, registers_for(dtypes[dtype]))
+        for first in (True, False):
+            constants = {"FIRST": first, "DTYPE": dtype, "STATE": state, "UNITS": units(2)}
+            yield Variant("hutchinson_kernel", constants, registers_for(dtypes[dtype], state=True))
+        for product in dict.fromkeys((None, dtype, state)):
+            kinds = {"HESSIAN": product is not None, "PRODUCT": product, "DTYPE": dtype, "STATE": state}
+            yield Variant("inspect_kernel", {**kinds, "UNITS": units(1)}, registers_for(dtypes[dtype]))
+            for power in POWERS:
+                constants = {"POWER": power, **kinds, "UNITS": units(5 + (product is not None))}
+                yield Variant(
+                    "update_kernel", constants, registers_for(dtypes[dtype], state=True, general_power=power == 2)
+                )
+
+
+def compile_variant(variant: Variant, target: str, folder: Path) -> Compiled:
+    """Compiles a variant for a target and writes its code to a folder."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sassha_fused.triton_kernels import hutchinson, norm, perturb, rademacher, update
+    from sassha_fused.triton_kernels.launch import options_for
+
+    modules = (norm, perturb, rademacher, hutchinson, update)
+    kernel = next(getattr(module, variant.kernel) for module in modules if hasattr(module, variant.kernel))
+    nvidia = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
+    constants = {
+        name: tl.str_to_ty(value, None) if value in STATES else value for name, value in variant.constants.items()
+    }
+    signature = {p.name: "constexpr" if p.is_constexpr else p.annotation_type for p in kernel.params}
+    source = ASTSource(
+        kernel, signature, constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    )
+    made = triton.compile(source, target=gpu, options=options_for(variant.registers, nvidia))
+    files = {}
+    for kind in _KINDS:
+        if kind in made.asm:
+            files[kind] = f"{target}-{variant.name}.{kind}"
+            code = made.asm[kind]
+            (folder / files[kind]).write_bytes(code.encode() if isinstance(code, str) else code)
+    return Compiled(
+        variant, target, made.metadata.num_warps * gpu.warp_size, made.metadata.shared, made.metadata.name, files
+    )
+
+
+def _compile_one(arguments: tuple[Variant, str, Path]) -> Compiled:
+    return compile_variant(*arguments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.triton_code", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("targets", nargs="*", default=TARGETS, metavar="sm_90", help=f"default: {' '.join(TARGETS)}")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("TRITON_INTERPRET=1 is in the environment: interpreted kernels cannot be compiled")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        (variant, target, arguments.folder)
+        for target in arguments.targets
+        for variant in variants(32 if target.startswith("sm_") else 64)
+    ]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        done = list(tqdm(pool.map(_compile_one, jobs), total=len(jobs), unit=" kernels", mininterval=0.5))
+    (arguments.folder / INDEX).write_text(json.dumps([asdict(compiled) for compiled in done], indent=1))
+
+
+if __name__ == "__main__":
+    main()
