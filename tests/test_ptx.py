@@ -6,10 +6,8 @@ written, an access out of bounds or misaligned; see tests/ptx.py.
 
 import functools
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +16,7 @@ import torch
 ptxrun = pytest.importorskip("ptxrun")
 
 from sassha_fused import ops  # noqa: E402
-from tests import backends, emulation, ptx  # noqa: E402
+from tests import arena, backends, emulation, ptx  # noqa: E402
 from tests.backends import operators_of  # noqa: E402
 from tests.cases import (  # noqa: E402
     DTYPES,
@@ -97,7 +95,7 @@ def registered() -> Iterator[ptx.Backend]:
 
 
 @pytest.fixture
-def runs(registered: ptx.Backend) -> list[ptx.Run]:
+def runs(registered: ptx.Backend) -> list[arena.Run]:
     """The launches of this test, as they come."""
     registered.runs.clear()
     return registered.runs
@@ -328,58 +326,21 @@ def test_the_norm_has_the_bits_of_the_emulation(dtype: torch.dtype, adaptive: bo
 # ---------------------------------------------------------------------------------------------------------------------
 # What moves
 
-# 16 bytes at a time, as PTX spells it.
-WIDE = re.compile(r"\.v4\.[a-z]32|\.v2\.[a-z]64")
 THREADS = 256
-LONG = (1 << 15, 1 << 14, 3 << 12)  # elements
-
-# In bytes of a parameter (p) and of its state (s): what an operator reads and writes of each element. In float32, where
-# both are 4, these are the floors of the design: 4 for the norm, 16, 4, 8 and 12, 24 and 32.
-FLOORS: dict[str, tuple[Callable[[str, Case], None], str, str]] = {
-    "norm": (lambda name, case: void(norm_of(name, case.grads)), "p", ""),
-    "adaptive norm": (lambda name, case: void(norm_of(name, case.grads, case.params, True)), "pp", ""),
-    "perturb": (lambda name, case: run_perturb(name, case, 7.3, 0.2, False, False), "pp", "pp"),
-    "adaptive perturb": (lambda name, case: run_perturb(name, case, 7.3, 0.2, True, False), "pp", "pp"),
-    "rademacher": (lambda name, case: run_rademacher(name, case, 1, 2, 3), "", "p"),
-    "first sample": (lambda name, case: run_hutchinson(name, case, 1, 2, 0, 2), "p", "s"),
-    "last sample": (lambda name, case: run_hutchinson(name, case, 1, 2, 1, 2), "ps", "s"),
-    "lazy update": (lambda name, case: run_update(name, case, HYPER, False), "ppss", "ps"),
-    "hessian update": (lambda name, case: run_update(name, case, HYPER, True), "pppss", "pss"),
-    "skipped update": (lambda name, case: run_update(name, case, HYPER, True, [torch.tensor(math.nan)]), "p", "p"),
-}
-FLOAT32_BYTES = {
-    "norm": 4,
-    "perturb": 16,
-    "rademacher": 4,
-    "first sample": 8,
-    "last sample": 12,
-    "lazy update": 24,
-    "hessian update": 32,
-}
 
 
-def void(_: object) -> None:
-    """Drops a result."""
-
-
-def streaming(runs: list[ptx.Run]) -> ptx.Run:
+def streaming(runs: list[arena.Run]) -> arena.Run:
     """The launch that goes over the elements, of a call's launches; the others touch a few bytes per tensor."""
     *others, longest = sorted(runs, key=lambda run: run.stats.ld["bytes"] + run.stats.st["bytes"])
     for run in others:
-        rows = len(LONG) + 3
+        rows = len(arena.LONG) + 3
         # Counts and guards in, scalars out; or one partial sum per block in, and the norm out.
         assert run.stats.ld["bytes"] <= 16 * rows + 8 * (longest.blocks + 4)
         assert run.stats.st["bytes"] <= 40 * rows + 8
     return longest
 
 
-def wide_sectors(stats: Any, kind: str) -> int:
-    """Sectors of 32 bytes that loads (ld) or stores (st) of 16 bytes at a time ask for."""
-    lines = stats.lines.values()
-    return sum(sectors for text, _, _, sectors in lines if f"{kind}.global" in text and WIDE.search(text))
-
-
-def most_other_bytes(run: ptx.Run, tensors: int) -> dict[str, int]:
+def most_other_bytes(run: arena.Run, tensors: int) -> dict[str, int]:
     """What a launch may read and write beside the elements: as many bytes, whatever the number of elements.
 
     Read: by each thread one scalar and each tensor's prepared row of three, by each block the partial sums, of one
@@ -392,38 +353,40 @@ def most_other_bytes(run: ptx.Run, tensors: int) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("operator", FLOORS)
+@pytest.mark.parametrize("operator", arena.FLOORS)
 @each_dtype
 def test_aligned_tensors_move_at_the_floor_and_16_bytes_at_a_time(
-    runs: list[ptx.Run], operator: str, dtype: torch.dtype
+    runs: list[arena.Run], operator: str, dtype: torch.dtype
 ) -> None:
-    call, *floors = FLOORS[operator]
-    case = make_case(dtype, [Spec((size,)) for size in LONG])
+    call, *floors = arena.FLOORS[operator]
+    case = make_case(dtype, [Spec((size,)) for size in arena.LONG])
     widths = {"p": dtype.itemsize, "s": compute_dtype(dtype).itemsize}
-    if dtype == torch.float32 and operator in FLOAT32_BYTES:
-        assert sum(widths[term] for terms in floors for term in terms) == FLOAT32_BYTES[operator]
+    if dtype == torch.float32 and operator in arena.FLOAT32_BYTES:
+        assert sum(widths[term] for terms in floors for term in terms) == arena.FLOAT32_BYTES[operator]
     call(NAME, case)
     run = streaming(runs)
     for kind, terms in zip(("ld", "st"), floors, strict=True):
         moved = getattr(run.stats, kind)
-        least = sum(LONG) * sum(widths[term] for term in terms)
+        least = sum(arena.LONG) * sum(widths[term] for term in terms)
         assert 16 * run.stats.width[kind, 16] == least, kind
-        assert moved["bytes"] - least <= most_other_bytes(run, len(LONG))[kind], kind
+        assert moved["bytes"] - least <= most_other_bytes(run, len(arena.LONG))[kind], kind
         # A sector holds 32 bytes. The state of a narrow parameter is twice as wide: the four elements that a thread
         # takes at a time lie 32 bytes from its neighbour's, so each of its sectors is asked for twice in a row.
         per_term = {"p": 1, "s": 2 if dtype.itemsize == 2 else 1}
-        expected = sum(LONG) * sum(widths[term] * per_term[term] for term in terms) // 32
-        wide = wide_sectors(run.stats, kind)
+        expected = sum(arena.LONG) * sum(widths[term] * per_term[term] for term in terms) // 32
+        wide = arena.wide_sectors(run.stats, kind)
         assert wide == expected, kind
         if terms:
             assert wide >= 0.99 * moved["sectors"], kind
 
 
-@pytest.mark.parametrize("operator", FLOORS)
+@pytest.mark.parametrize("operator", arena.FLOORS)
 @each_dtype
-def test_tensors_at_any_alignment_move_at_the_floor_too(runs: list[ptx.Run], operator: str, dtype: torch.dtype) -> None:
-    call, *floors = FLOORS[operator]
-    sizes = [size + 1 for size in LONG]
+def test_tensors_at_any_alignment_move_at_the_floor_too(
+    runs: list[arena.Run], operator: str, dtype: torch.dtype
+) -> None:
+    call, *floors = arena.FLOORS[operator]
+    sizes = [size + 1 for size in arena.LONG]
     case = make_case(dtype, [Spec((size,), shift=1) for size in sizes])
     widths = {"p": dtype.itemsize, "s": compute_dtype(dtype).itemsize}
     call(NAME, case)
@@ -452,7 +415,7 @@ def call_everything(dtype: torch.dtype) -> None:
             run_update(NAME, on, hyper, hessian)
 
 
-def test_every_kernel_that_nvcc_compiles_is_run(runs: list[ptx.Run]) -> None:
+def test_every_kernel_that_nvcc_compiles_is_run(runs: list[arena.Run]) -> None:
     for dtype in DTYPES:
         call_everything(dtype)
     assert {run.name for run in runs} == set(ptx.kernels())
@@ -462,7 +425,7 @@ def shifted_pointers(arguments: bytes, shift: int) -> bytes:
     """A kernel's arguments with every pointer into the memory of the call moved by some bytes."""
     whole = len(arguments) // 8 * 8
     words = np.frombuffer(arguments[:whole], np.int64).copy()
-    pointers = (words >= ptxrun.GBASE) & (words < ptxrun.GBASE + ptx.ARENA_BYTES)
+    pointers = (words >= ptxrun.GBASE) & (words < ptxrun.GBASE + arena.ARENA_BYTES)
     assert pointers.any()
     words[pointers] += shift
     return words.tobytes() + arguments[whole:]
@@ -475,7 +438,7 @@ def shifted_pointers(arguments: bytes, shift: int) -> bytes:
 def test_pointers_that_point_elsewhere_are_found(monkeypatch: pytest.MonkeyPatch, shift: int, finding: str) -> None:
     original = ptx.Backend._launch
 
-    def launch(self: ptx.Backend, memory: ptx.Memory, launch: emulation.Launch) -> None:
+    def launch(self: ptx.Backend, memory: arena.Memory, launch: emulation.Launch) -> None:
         launch.arguments = shifted_pointers(launch.arguments, shift)
         original(self, memory, launch)
 
