@@ -29,7 +29,7 @@ COPIED_BYTES = 1 << 30
 SLEEP_CYCLES = 4_000_000  # some 2 ms
 DTYPES = {"float": torch.float32, "__nv_bfloat16": torch.bfloat16}
 # The backends that serve CUDA tensors by kernels of their own.
-BACKENDS = ("cuda",)
+BACKENDS = ("cuda", "triton")
 
 
 class Timed:
@@ -169,7 +169,8 @@ class AdamW(Timed):
 @pytest.mark.parametrize("model", MODELS)
 def test_step(model, progress, report, benchmark):
     problem = Problem(MODELS[model], device="cuda")
-    contenders = [*(Steps(problem, backend) for backend in BACKENDS), AdamW(problem)]
+    present = available_backends()
+    contenders = [*(Steps(problem, backend) for backend in BACKENDS if present[backend] is None), AdamW(problem)]
     with progress(f"{model}, whole optimizer steps") as done:
         samples = interleaved(contenders, SECONDS, done)
     rival = median(samples[LAZY, "AdamW fused"])
