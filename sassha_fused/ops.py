@@ -78,7 +78,7 @@ def _refusal(backend: str, device: int) -> str | None:
     try:
         BACKENDS[backend].load().grad_norm([torch.ones(1, device=torch.device("cuda", device))], [], False)
     except Exception as error:  # Triton's are of many types
-        return f"the kernels do not run on cuda:{device}: {' '.join(str(error).split())}"
+        return f"the kernels do not run on cuda:{device}: {' '.join((str(error) or repr(error)).split())}"
     return None
 
 
@@ -104,21 +104,23 @@ def _compiled() -> Operators:
 
 
 # Triton's own switch: its kernels then run as Python, on tensors of the CPU.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def _load_triton() -> Operators:
     from . import triton_kernels
 
+    if triton_kernels.INTERPRETED != _INTERPRETED:
+        raise ImportError("TRITON_INTERPRET has changed since sassha_fused was imported")
     return cast(Operators, triton_kernels)
 
 
 def _triton_missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton"
-    if not _INTERPRETED and not torch.cuda.is_available():
-        return "no GPU is available; TRITON_INTERPRET=1 in the environment runs the kernels on the CPU, very slowly"
     try:
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed: pip install triton"
+        if not _INTERPRETED and not torch.cuda.is_available():
+            return "no GPU is available; TRITON_INTERPRET=1 in the environment runs the kernels on the CPU, very slowly"
         _load_triton()
     except Exception as error:  # an import may fail in any way, and must not take the other backends along
         return f"the kernels do not load: {error!r}"

@@ -1,6 +1,8 @@
 """The backends under test: a new one joins every conformance test by adding its name here."""
 
 import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +42,21 @@ each_backend = pytest.mark.parametrize("backend", _PARAMETERS)
 each_other_backend = pytest.mark.parametrize("backend", [p for p in _PARAMETERS if p.values != (BASELINE,)])
 # For what would take them minutes, or has nothing to do with them.
 each_quick_backend = pytest.mark.parametrize("backend", [p for p in _PARAMETERS if p.values[0] not in INTERPRETED])
+
+
+def each_backend_and(
+    name: str, values: Sequence[Any], few: Sequence[Any], *, without: str = "", id_of: Callable[[Any], str] = str
+) -> pytest.MarkDecorator:
+    """Each backend, without one, with each value of an argument; an interpreted one with few of them."""
+    return pytest.mark.parametrize(
+        f"backend, {name}",
+        [
+            pytest.param(backend, value, marks=marks_of(backend), id=f"{id_of(value)}-{backend}")
+            for backend in BACKENDS
+            if backend != without
+            for value in (few if backend in INTERPRETED else values)
+        ],
+    )
 
 
 def operators_of(backend: str) -> Operators:

@@ -5,6 +5,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -15,15 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sassha_fused import Sassha
-from tests.backends import (
-    BACKENDS,
-    BASELINE,
-    INTERPRETED,
-    each_backend,
-    each_other_backend,
-    each_quick_backend,
-    marks_of,
-)
+from tests.backends import BACKENDS, BASELINE, each_backend, each_backend_and, each_quick_backend
 from tests.cases import (
     GENERAL_POWER_ULPS,
     ULPS,
@@ -125,6 +118,9 @@ def many_groups(network: Network) -> Any:
     ]
 
 
+GROUPINGS = (one_group, many_groups)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # float64: the whole trajectory
 
@@ -199,14 +195,7 @@ GRID = [
 COMMON = {"lr": 0.05, "rho": 0.1, "weight_decay": 0.02, "eps": 1e-2, "seed": 3}
 
 
-@pytest.mark.parametrize(
-    "backend, options",
-    [
-        pytest.param(backend, options, marks=marks_of(backend), id="-".join(map(str, (*options.values(), backend))))
-        for backend in BACKENDS
-        for options in (GRID[::7] if backend in INTERPRETED else GRID)
-    ],
-)
+@each_backend_and("options", GRID, GRID[::16], id_of=lambda options: "-".join(map(str, options.values())))
 def test_float64_trajectory_is_that_of_the_reference(backend: str, options: dict[str, Any]) -> None:
     options = {**COMMON, **options}
     check_trajectory(backend, one_group, options, cached_reference_trajectory(one_group, tuple(options.items())))
@@ -387,9 +376,8 @@ def check_estimate(found: Tensor, terms: Tensor) -> None:
         assert_rounded([found.cpu()], exact, largest, 2)
 
 
-@each_backend
+@each_backend_and("groups", GROUPINGS, GROUPINGS[1:], id_of=attrgetter("__name__"))
 @each_narrow_dtype
-@pytest.mark.parametrize("groups", [one_group, many_groups])
 @pytest.mark.parametrize(
     "options",
     [
@@ -430,9 +418,8 @@ def assert_same_trajectory(actual: Trajectory, expected: Trajectory) -> None:
                 assert_same_bits(state[name], value, f"step {step + 1}, parameter {i}, {name}")
 
 
-@each_other_backend
+@each_backend_and("groups", GROUPINGS, GROUPINGS[1:], without=BASELINE, id_of=attrgetter("__name__"))
 @each_narrow_dtype
-@pytest.mark.parametrize("groups", [one_group, many_groups])
 @pytest.mark.parametrize(
     "options",
     [

@@ -62,6 +62,8 @@ class Network:
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_the_kernels_serve_cuda_tensors(name: str) -> None:
+    if name == "triton":
+        pytest.importorskip("triton")
     assert available_backends()[name] is None
     network = Network(backend=name)
     network.opt.step(network.loss)
@@ -70,14 +72,15 @@ def test_the_kernels_serve_cuda_tensors(name: str) -> None:
 
 
 def test_the_conformance_suite_runs_on_this_device() -> None:
-    assert BACKENDS["cuda"] == BACKENDS["triton"] == "cuda"
+    assert BACKENDS["cuda"] == BACKENDS.get("triton", "cuda") == "cuda"
 
 
 def test_the_self_test_passes_on_this_device() -> None:
     command = [sys.executable, "-m", "sassha_fused", "selftest"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "cuda:0   cuda " in done.stdout and "cuda:0   triton " in done.stdout
+    assert "cuda:0   cuda " in done.stdout
+    assert "triton" not in BACKENDS or "cuda:0   triton " in done.stdout
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -130,18 +133,19 @@ def test_a_lazy_step_of_the_optimizer_is_four_launches(backend: str) -> None:
     assert len(kernels) == 4, kernels
 
 
-def test_triton_compiles_nothing_once_every_kind_of_step_was_taken() -> None:
+def test_triton_compiles_nothing_once_every_kind_of_step_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     knobs = pytest.importorskip("triton").knobs
     network = Network(backend="triton", hessian_samples=2)
     compiled: list[object] = []
     for step in range(100):
         if step == 6:
-            knobs.runtime.jit_post_compile_hook = lambda **details: compiled.append(details)
+            monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **details: compiled.append(details))
         group = network.opt.param_groups[0]
         group["lr"], group["eps"], group["rho"] = 0.05 / (1 + step), 1e-4 * (1 + step), 0.01 * step
         group["weight_decay"], group["betas"] = step % 3, (0.9 - step / 1000, 0.999)
+        # Now and then without the last bias, so that there are fewer tensors.
+        list(network.model.parameters())[-1].requires_grad_(step % 4 != 3)
         network.opt.step(network.loss)
-    knobs.runtime.jit_post_compile_hook = None
     assert not compiled
 
 
@@ -241,7 +245,8 @@ def test_capturing_a_step_by_hand_is_refused_and_says_what_to_use() -> None:
         network.opt.step(network.loss)
 
 
-# Every operator, size, alignment and layout, and a step that is skipped.
+# Every operator, size, alignment and layout, and a step that is skipped. Of Triton's kernels none: in its stead
+# tests/test_triton_ptx.py.
 SANITIZED = {
     "test_operators.py": "(perturb_moves or update_changes or one_sample or norm_is_exact or brings_back) and not 1000"
     " and not triton",

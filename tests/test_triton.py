@@ -5,24 +5,27 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
 from examples.mnist.model import resnet
-from sassha_fused import Sassha, available_backends, ops
+from sassha_fused import Sassha, available_backends, ops, triton_kernels
 from sassha_fused.triton_kernels import table
-from tests.backends import BACKENDS, marks_of
-from tests.cases import Spec, assert_same_bits, each_dtype, make_case
+from tests.backends import BACKENDS, marks_of, operators_of
+from tests.cases import Spec, assert_same_bits, assert_same_case, each_dtype, make_case
 from tests.emulation import ROOT
 from tests.helpers import single_threaded
 from tests.reference import signs, ulp
-from tests.test_operators import check_perturb, check_update, run_rademacher
+from tests.test_operators import HYPER, check_perturb, check_update, run_rademacher, run_update
 
 one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
 on_the_cpu = pytest.mark.skipif(BACKENDS["triton"] != "cpu", reason="Triton is not interpreted here")
@@ -114,16 +117,26 @@ def test_why_triton_cannot_be_used_is_told_in_one_line(
     assert found is None if reason is None else found is not None and reason in found and "\n" not in found
 
 
-def test_a_gpu_on_which_triton_cannot_launch_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_verdicts() -> Iterator[None]:
+    """What was found out of devices is forgotten, before and after."""
+    ops._refusal.cache_clear()
+    yield
+    ops._refusal.cache_clear()
+
+
+def test_a_gpu_on_which_triton_cannot_launch_is_refused_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, no_verdicts: None
+) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("Failed to find\n  C compiler")
 
     monkeypatch.setattr(ops, "_INTERPRETED", False)
+    monkeypatch.setattr(triton_kernels, "INTERPRETED", False)
     monkeypatch.setattr(torch, "ones", fails)
     for name in ("is_available", "is_initialized"):
         monkeypatch.setattr(torch.cuda, name, lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    ops._refusal.cache_clear()
     found = available_backends()["triton"]
     assert found == "the kernels do not run on cuda:0: Failed to find C compiler"
 
@@ -151,16 +164,17 @@ def test_auto_never_takes_interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -
 def built(monkeypatch: pytest.MonkeyPatch) -> list[table.Contents]:
     """The contents of the tables that are built from now on, as on a GPU whose current stream is number 1."""
     contents: list[table.Contents] = []
-    original = table._build
+    original = table._table
 
     def build(device: torch.device, wanted: table.Contents) -> table.Table:
         contents.append(wanted)
         return original(torch.device("cpu"), wanted)
 
-    monkeypatch.setattr(table, "_build", build)
+    monkeypatch.setattr(table, "_table", build)
+    monkeypatch.setattr(table, "_kept", table.Kept(100 * table._LEAST_BYTES))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     on_stream(monkeypatch, 1)
-    table._kept.cache_clear()
     return contents
 
 
@@ -169,8 +183,8 @@ def on_stream(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
 
 
-def contents_at(address: int) -> table.Contents:
-    return table.Contents((5,), 4, (table.Stream((address,), 4),), rows=(0,))
+def contents_at(address: int, count: int = 1) -> table.Contents:
+    return table.Contents((5,) * count, 4, (table.Stream((address,) * count, 4),), rows=(0,) * count)
 
 
 CUDA = torch.device("cuda")
@@ -187,22 +201,134 @@ def test_a_table_serves_again_while_the_pointers_stay(
     assert table.table_on(CUDA, contents_at(512)) is not found[0]
 
 
-def test_as_many_tables_are_kept_as_a_training_run_takes_turns_with(built: list[table.Contents]) -> None:
+def test_tables_are_kept_while_there_is_room_and_the_oldest_make_way(built: list[table.Contents]) -> None:
     for _ in range(3):
-        for address in range(table._KEPT):
+        for address in range(100):
             table.table_on(CUDA, contents_at(address))
-    assert len(built) == table._KEPT
+    assert len(built) == 100
+    # A long one takes the room of many.
+    table.table_on(CUDA, contents_at(0, 256))
+    assert built[100:] == [contents_at(0, 256)]
+    table.table_on(CUDA, contents_at(99))
+    assert len(built) == 101
+    table.table_on(CUDA, contents_at(0))
+    assert len(built) == 102
 
 
-def test_the_tables_of_a_captured_graph_are_its_own_and_stay(
+def test_a_table_that_takes_more_than_all_room_serves_all_the_same(built: list[table.Contents]) -> None:
+    for _ in range(2):
+        assert table.table_on(CUDA, contents_at(0, 10_000)).entries == 10_000
+    assert len(built) == 1
+
+
+def test_the_tables_of_a_captured_graph_are_its_own(
     built: list[table.Contents], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = table.table_on(CUDA, contents_at(512))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(table, "_captured", [])
     captured = [table.table_on(CUDA, contents_at(512)) for _ in range(2)]
     assert len(built) == 3 and len({id(t) for t in (kept, *captured)}) == 3
-    assert all(t is its for t, its in zip(table._captured, captured, strict=True))
+
+
+def test_what_a_captured_graph_copies_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = torch.tensor([1, 2])
+    monkeypatch.setattr(torch, "tensor", lambda *_, **options: pinned if options["pin_memory"] else pytest.fail())
+    monkeypatch.setattr(Tensor, "to", lambda self, device, non_blocking: self.clone())
+    monkeypatch.setattr(table, "_captured", [])
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        copied = table._copied(CUDA, (1, 2))
+        assert [id(t) for t in table._captured] == ([id(pinned), id(copied)] if capturing else [])
+
+
+@on_the_cpu
+@pytest.mark.parametrize("default", ["meta", "cpu"])
+def test_the_default_device_does_not_matter(default: str) -> None:
+    case = make_case(torch.float32, [Spec((5,)), Spec((300,), shift=1)])
+    with torch.device(default):
+        on = case.to("cpu")
+        operators_of("triton").perturb_(
+            on.params,
+            on.grads,
+            on.backup,
+            on.offsets,
+            on.exp_avg.new_ones((), dtype=torch.float64),
+            True,
+            0.2,
+            False,
+            False,
+        )
+    expected = case.to("cpu")
+    operators_of("cpu").perturb_(
+        expected.params,
+        expected.grads,
+        expected.backup,
+        expected.offsets,
+        torch.ones((), dtype=torch.float64),
+        True,
+        0.2,
+        False,
+        False,
+    )
+    assert_same_case(on, expected)
+
+
+class Weight(nn.Parameter):
+    """A parameter of a class of its own, as some libraries have."""
+
+
+@on_the_cpu
+def test_parameters_of_a_class_of_their_own_are_parameters() -> None:
+    results = []
+    for kind, backend in ((Weight, "triton"), (nn.Parameter, "cpu")):
+        w = kind(torch.linspace(1, 2, 5))
+        opt = Sassha([w], lr=1e-3, hessian_interval=2, backend=backend)
+        for _ in range(3):
+            opt.step(lambda w=w: (w**3).sum())
+        results.append(w.detach().clone())
+    assert_same_bits(results[0].as_subclass(Tensor), results[1], "w")
+
+
+class Wrapper(Tensor):
+    """A tensor whose memory is another one's, as that of DTensor is."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Wrapper":
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any) -> Any:
+        raise NotImplementedError
+
+
+@on_the_cpu
+@pytest.mark.parametrize("place", [0, 1])
+def test_tensors_without_memory_of_their_own_are_refused(place: int) -> None:
+    tensors: list[Tensor] = [torch.ones(3), torch.ones(3)]
+    tensors[place] = Wrapper(tensors[place])
+    with pytest.raises(ValueError, match=f"tensor {place} is a Wrapper"):
+        operators_of("triton").grad_norm(tensors, [], False)
+
+
+@on_the_cpu
+def test_an_update_of_parameters_on_another_device_than_their_state_is_refused() -> None:
+    case = make_case(torch.float32, [Spec((5,))])
+    moved = replace(case, params=[w.to("meta") for w in case.params], grads=[g.to("meta") for g in case.grads])
+    with pytest.raises(ValueError, match="params must be on cpu, as steps, got one on meta"):
+        run_update("triton", moved, HYPER, False)
+
+
+@on_the_cpu
+def test_a_row_of_the_counts_belongs_to_one_parameter() -> None:
+    case = make_case(torch.float32, [Spec((5,)), Spec((5,))])
+    with pytest.raises(ValueError, match="rows must be distinct"):
+        run_update("triton", replace(case, rows=[1, 1]), HYPER, False)
 
 
 @on_the_cpu

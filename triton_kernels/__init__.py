@@ -5,9 +5,10 @@ csrc/math. With TRITON_INTERPRET=1 in the environment before this is imported th
 """
 
 from .hutchinson import hutchinson_
+from .launch import INTERPRETED
 from .norm import grad_norm
 from .perturb import perturb_
 from .rademacher import rademacher_
 from .update import update_
 
-__all__ = ["grad_norm", "hutchinson_", "perturb_", "rademacher_", "update_"]
+__all__ = ["INTERPRETED", "grad_norm", "hutchinson_", "perturb_", "rademacher_", "update_"]

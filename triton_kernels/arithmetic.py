@@ -7,14 +7,15 @@ one IEEE rounding.
 
 import triton
 import triton.language as tl
-from triton import knobs
+
+from .launch import INTERPRETED
 
 SQUARE_ROOT = tl.constexpr(0)
 IDENTITY = tl.constexpr(1)
 GENERAL = tl.constexpr(2)
 
 # The interpreter cuts off what bfloat16 has no room for; devices round.
-_TRUNCATES = tl.constexpr(knobs.runtime.interpret)
+_TRUNCATES = tl.constexpr(INTERPRETED)
 
 
 @triton.jit

@@ -15,15 +15,15 @@ from .table import UNIT
 
 
 def check_list(name: str, tensors: Sequence[Tensor]) -> None:
-    """All tensors have one dtype, that of parameters, and are on one device."""
-    first = tensors[0]
-    if first.dtype not in DTYPES:
-        raise ValueError(f"{name}: dtype must be one of {', '.join(map(str, DTYPES))}, got {first.dtype}")
+    """All tensors are dense and have one dtype, that of parameters, and one device."""
+    dtype, device = tensors[0].dtype, tensors[0].device
+    if dtype not in DTYPES:
+        raise ValueError(f"{name}: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     for i, t in enumerate(tensors):
-        if t.dtype != first.dtype or t.device != first.device:
-            raise ValueError(
-                f"{name}: tensor {i} is {t.dtype} on {t.device}, the first one {first.dtype} on {first.device}"
-            )
+        if t.dtype != dtype or t.device != device:
+            raise ValueError(f"{name}: tensor {i} is {t.dtype} on {t.device}, the first one {dtype} on {device}")
+        if t.layout is not torch.strided:
+            raise ValueError(f"{name}: tensor {i} is sparse: {t.layout}")
 
 
 def check_like(
@@ -35,9 +35,10 @@ def check_like(
     if not tensors:
         return
     check_list(name, tensors)
-    dtypes = (params[0].dtype, wider)
+    check_list("params", params)
+    fits = tensors[0].dtype in (params[0].dtype, wider) and tensors[0].device == params[0].device
     for i, (param, t) in enumerate(zip(params, tensors, strict=True)):
-        if t.shape != param.shape or t.dtype not in dtypes or t.device != param.device:
+        if not fits or t.shape != param.shape:
             check_gradients(params, tensors)
             raise ValueError(f"{name}: tensor {i} does not fit its parameter: {t.dtype}, {tuple(t.shape)}, {t.device}")
 

@@ -105,7 +105,7 @@ def hutchinson_(
     if not has_memory(first):
         return
     terms = dense(products)
-    streams = (stream_of(terms), parts_of(estimate, offsets))
+    streams = (stream_of(terms), parts_of(estimate, tuple(offsets)))
     contents = Contents(
         lengths_of(terms), units_on(first.device, first.dtype, len(streams)), streams, indices=tuple(indices)
     )

@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 import triton.language as tl
+from triton import knobs
 
 from .table import UNIT, Table
+
+# Whether these run as Python: asked of Triton, which has decided it by now.
+INTERPRETED: bool = knobs.runtime.interpret
 
 WARPS = 4
 VECTOR_BYTES = 16
@@ -82,5 +86,5 @@ def launch(kernel: Any, device: torch.device, programs: int, *arguments: Any, re
 def launch_over(table: Table, kernel: Any, *arguments: Any, registers: int, **constants: Any) -> None:
     """Starts a kernel over all tiles of a table, its first arguments."""
     device, count = table.memory.device, programs(table, registers)
-    numbers = (table.memory, table.count, table.tiles)
+    numbers = (table.memory, table.entries, table.tiles)
     launch(kernel, device, count, *numbers, *arguments, registers=registers, **constants, UNITS=table.units)

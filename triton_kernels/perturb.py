@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layout import state_dtype
 from .arithmetic import double, narrow, perturbed
-from .checks import check_like, check_list, check_parts, check_scalar, check_tensor
+from .checks import check_like, check_parts, check_scalar, check_tensor
 from .launch import DTYPES, launch_over, registers_for, units_on
 from .lists import dense, has_memory, laid_out_like, write_back
 from .norm import sum_squares
@@ -100,7 +100,6 @@ def perturb_(
     check_like(params, "grads", grads)
     if not params:
         return
-    check_list("params", params)
     first = params[0]
     check_tensor("backup", backup, first.dtype, first.device)
     check_scalar("norm", norm, torch.float64, first.device)
@@ -109,7 +108,7 @@ def perturb_(
     weights = dense(params)
     gradients = laid_out_like(weights, grads)
     partial = sum_squares(gradients, weights if adaptive else []) if measure else norm.reshape(1)
-    streams = (stream_of(weights), stream_of(gradients), parts_of(backup, offsets))
+    streams = (stream_of(weights), stream_of(gradients), parts_of(backup, tuple(offsets)))
     launch_over(
         table_on(
             first.device, Contents(lengths_of(weights), units_on(first.device, first.dtype, len(streams)), streams)

@@ -7,8 +7,10 @@ one array per tensor: its weights, its gradient, its part of the state.
 import triton
 import triton.language as tl
 
-UNIT = tl.constexpr(128)
-VECTOR_BYTES = tl.constexpr(16)
+from . import launch, table
+
+UNIT = tl.constexpr(table.UNIT)
+VECTOR_BYTES = tl.constexpr(launch.VECTOR_BYTES)
 
 # What a table holds of each tensor, before the addresses of its streams: all first tiles, then all skips, and so on.
 FIRST_TILE = tl.constexpr(0)

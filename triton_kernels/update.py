@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..layout import state_dtype
 from .arithmetic import GENERAL, IDENTITY, SQUARE_ROOT, average, bias_correction, double, narrow, root, updated
-from .checks import check_like, check_list, check_numbers, check_parts, check_scalar, check_tensor
+from .checks import check_like, check_numbers, check_parts, check_scalar, check_tensor
 from .launch import DTYPE_CODES, DTYPES, launch_over, programs, registers_for, units_on
 from .lists import dense, has_memory, laid_out_like, write_back
-from .table import Contents, Parts, Stream, lengths_of, parts_of, stream_of, table_on
-from .tiles import ADDRESSES, NUMBER, UNIT, entry_of, field, in_vectors, indices, load, place_of, store, stream, total
+from .table import Contents, Parts, Stream, lengths_of, numbers_on, parts_of, stream_of, table_on
+from .tiles import NUMBER, UNIT, entry_of, field, in_vectors, indices, load, place_of, store, stream, total
 
 POWERS = {0.5: SQUARE_ROOT.value, 1.0: IDENTITY.value}
 
@@ -87,7 +87,7 @@ def _inspect_stream(
 
 @triton.jit(
     do_not_specialize=[
-        *("table", "count", "tiles", "rates", "guards", "partial", "steps", "rows", "scalars"),
+        *("table", "count", "tiles", "given", "rates", "guards", "partial", "steps", "rows", "scalars"),
         *("lr", "beta1", "beta2", "weight_decay", "step_correction"),
     ]
 )
@@ -95,6 +95,7 @@ def inspect_kernel(
     table: tl.pointer_type(tl.int64),
     count: tl.int64,
     tiles: tl.int64,
+    given: tl.pointer_type(tl.int64),
     rates: tl.int64,
     guards: tl.int64,
     partial: tl.pointer_type(tl.float64),
@@ -117,14 +118,13 @@ def inspect_kernel(
     And scalars, float64 ``[3, rows]`` <- :math:`1 - \eta\lambda, \eta / c_1, 1 / c_2` for each row of the counts,
     steps, int64 ``[rows, 2]``.
 
-    Streams: the gradients, of DTYPE, and if HESSIAN the products, of PRODUCT, of any length. Behind them in the table:
-    the addresses and dtypes of one-element tensors, first the learning rate where it is one (rates is 1), then the
-    guards. Reads 4 bytes per float32 element (8 if HESSIAN).
+    Streams: the gradients, of DTYPE, and if HESSIAN the products, of PRODUCT, of any length. given: the addresses and
+    dtypes of one-element tensors, first the learning rate where it is one (rates is 1), then the guards. Reads 4 bytes
+    per float32 element (8 if HESSIAN).
     """
-    extra = table + (ADDRESSES + (2 if HESSIAN else 1)) * count
     rate = double(lr)
     if rates > 0:
-        rate = _value_of(tl.load(extra), tl.load(extra + 1))
+        rate = _value_of(tl.load(given), tl.load(given + 1))
     _prepare(steps, rows, scalars, rate, double(beta1), double(beta2), double(weight_decay), step_correction, HESSIAN)
     sums = tl.zeros((UNITS * UNIT,), STATE)
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
@@ -136,7 +136,7 @@ def inspect_kernel(
     finding = tl.sum(sums, axis=0).to(tl.float64)
     if tl.program_id(0) == 0:
         for guard in range(rates, rates + guards):
-            finding += 0.0 * _value_of(tl.load(extra + 2 * guard), tl.load(extra + 2 * guard + 1))
+            finding += 0.0 * _value_of(tl.load(given + 2 * guard), tl.load(given + 2 * guard + 1))
     tl.store(partial + tl.program_id(0), finding)
 
 
@@ -322,7 +322,8 @@ def update_(
     check_parts(params, offsets, exp_avg)
     check_like(params, "grads", grads)
     if params:
-        check_list("params", params)
+        if params[0].device != device:
+            raise ValueError(f"params must be on {device}, as steps, got one on {params[0].device}")
         dtype, state = params[0].dtype, state_dtype(params[0])
     else:
         dtype, state = backup.dtype, exp_avg.dtype
@@ -337,6 +338,8 @@ def update_(
     if steps.dim() != 2 or steps.shape[1] != 2:
         raise ValueError(f"steps must have the rows (step, hessian_step), got shape {tuple(steps.shape)}")
     check_numbers("rows", params, rows, len(steps))
+    if len(set(rows)) < len(rows):
+        raise ValueError(f"rows must be distinct, got {list(rows)}")
     check_scalar("skipped", skipped, torch.int64, device)
     given = [*([] if lr_tensor is None else [lr_tensor]), *guards]
     for scalar in given:
@@ -356,15 +359,16 @@ def update_(
     }
 
     inspected = (stream_of(gradients), *([stream_of(estimates)] if hessian else []))
-    extra = tuple(number for t in given for number in (t.data_ptr(), DTYPE_CODES[t.dtype]))
     units = units_on(device, dtype, 1)
-    contents = Contents(lengths, units, inspected, extra=extra) if guard_grads else Contents((), units, (), extra=extra)
-    table = table_on(device, contents)
+    table = table_on(device, Contents(lengths, units, inspected) if guard_grads else Contents((), units, ()))
+    scalars_given = tuple(number for t in given for number in (t.data_ptr(), DTYPE_CODES[t.dtype]))
     partial = torch.empty(programs(table, registers_for(dtype)), dtype=torch.float64, device=device)
     scalars = torch.empty((3, len(steps)), dtype=torch.float64, device=device)
     launch_over(
         table,
         inspect_kernel,
+        # By themselves: a loss is a new tensor in each step.
+        numbers_on(device, scalars_given),
         0 if lr_tensor is None else 1,
         len(guards),
         partial,
@@ -381,7 +385,8 @@ def update_(
     )
 
     power = POWERS.get(hessian_power, GENERAL.value)
-    parts = tuple(parts_of(flat, offsets) for flat in (backup, exp_avg, exp_hessian))
+    starts = tuple(offsets)
+    parts = tuple(parts_of(flat, starts) for flat in (backup, exp_avg, exp_hessian))
     streams: tuple[Stream | Parts, ...] = (stream_of(weights), stream_of(gradients), *parts, *inspected[1:])
     launch_over(
         table_on(device, Contents(lengths, units_on(device, dtype, len(streams)), streams, rows=tuple(rows))),
