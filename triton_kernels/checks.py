@@ -35,7 +35,6 @@ def check_like(
     if not tensors:
         return
     check_list(name, tensors)
-    check_list("params", params)
     fits = tensors[0].dtype in (params[0].dtype, wider) and tensors[0].device == params[0].device
     for i, (param, t) in enumerate(zip(params, tensors, strict=True)):
         if not fits or t.shape != param.shape:

@@ -88,12 +88,13 @@ def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor], adaptive: bool)
     """
     if not grads:
         raise ValueError("grads is empty")
-    check_list("grads", grads)
     if params or adaptive:
         check_like(params, "grads", grads)
+        check_list("params", params)
         models = dense(params)
         gradients = laid_out_like(models, grads)
     else:
+        check_list("grads", grads)
         models, gradients = [], dense(grads)
     first = grads[0]
     norm = torch.empty((), dtype=torch.float64, device=first.device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layout import state_dtype
 from .arithmetic import double, narrow, perturbed
-from .checks import check_like, check_parts, check_scalar, check_tensor
+from .checks import check_like, check_list, check_parts, check_scalar, check_tensor
 from .launch import DTYPES, launch_over, registers_for, units_on
 from .lists import dense, has_memory, laid_out_like, write_back
 from .norm import sum_squares
@@ -100,6 +100,7 @@ def perturb_(
     check_like(params, "grads", grads)
     if not params:
         return
+    check_list("params", params)
     first = params[0]
     check_tensor("backup", backup, first.dtype, first.device)
     check_scalar("norm", norm, torch.float64, first.device)

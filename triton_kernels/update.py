@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..layout import state_dtype
 from .arithmetic import GENERAL, IDENTITY, SQUARE_ROOT, average, bias_correction, double, narrow, root, updated
-from .checks import check_like, check_numbers, check_parts, check_scalar, check_tensor
+from .checks import check_like, check_list, check_numbers, check_parts, check_scalar, check_tensor
 from .launch import DTYPE_CODES, DTYPES, launch_over, programs, registers_for, units_on
 from .lists import dense, has_memory, laid_out_like, write_back
 from .table import Contents, Parts, Stream, lengths_of, numbers_on, parts_of, stream_of, table_on
@@ -322,6 +322,7 @@ def update_(
     check_parts(params, offsets, exp_avg)
     check_like(params, "grads", grads)
     if params:
+        check_list("params", params)
         if params[0].device != device:
             raise ValueError(f"params must be on {device}, as steps, got one on {params[0].device}")
         dtype, state = params[0].dtype, state_dtype(params[0])
