@@ -55,8 +55,10 @@ def is_nvidia(target: str) -> bool:
     return target.startswith("sm_")
 
 
-def compile_all(folder: Path = FOLDER, targets: Sequence[str] = TARGETS) -> list[Compiled]:
-    """Every variant for these targets. What Triton has compiled before it takes from the folder.
+def compile_all(
+    folder: Path = FOLDER, targets: Sequence[str] = TARGETS, *, cache: Path | None = None
+) -> list[Compiled]:
+    """Every variant for these targets. What Triton compiled before it takes from the cache, by default the folder's.
 
     In a process of its own: where kernels are interpreted, as in the tests, they cannot be compiled.
 
@@ -64,7 +66,7 @@ def compile_all(folder: Path = FOLDER, targets: Sequence[str] = TARGETS) -> list
         subprocess.CalledProcessError: a kernel could not be compiled; the reason is on stderr.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    environment["TRITON_CACHE_DIR"] = str(cache or folder / "cache")
     subprocess.run(
         [sys.executable, "-m", "bench.triton_code", str(folder), *targets], cwd=ROOT, env=environment, check=True
     )

@@ -146,8 +146,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("targets", nargs="*", default=TARGETS, metavar="sm_90", help=f"default: {' '.join(TARGETS)}")
     arguments = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("TRITON_INTERPRET=1 is in the environment: interpreted kernels cannot be compiled")
+    from sassha_fused.triton_kernels import INTERPRETED
+
+    if INTERPRETED:
+        sys.exit("TRITON_INTERPRET is set in the environment: interpreted kernels cannot be compiled")
     arguments.folder.mkdir(parents=True, exist_ok=True)
     jobs = [
         (variant, target, arguments.folder)

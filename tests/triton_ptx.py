@@ -11,8 +11,6 @@ import hashlib
 import inspect
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,6 +25,8 @@ import torch
 import triton
 from torch import Tensor
 
+from bench.ptx import FOLDER as BUILD
+from bench.ptx import compile_all
 from bench.triton_code import Compiled, Variant
 from sassha_fused import triton_kernels
 from sassha_fused.ops import NAMES, Operators
@@ -36,7 +36,6 @@ from sassha_fused.triton_kernels.table import Table
 from tests import arena
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "triton"
 ARCHITECTURE = "sm_90"
 WARP_SIZE = 32
 
@@ -58,11 +57,7 @@ def build() -> Path:
     folder = BUILD / f"{ARCHITECTURE}-{key.hexdigest()[:32]}"
     if not folder.exists():
         unfinished = BUILD / f"unfinished-{os.getpid()}"
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment["TRITON_CACHE_DIR"] = str(BUILD / "cache")
-        command = [sys.executable, "-m", "bench.triton_code", str(unfinished), ARCHITECTURE]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+        compile_all(unfinished, (ARCHITECTURE,), cache=BUILD / "cache")
         with suppress(OSError):  # another process was first
             unfinished.rename(folder)
         shutil.rmtree(unfinished, ignore_errors=True)
