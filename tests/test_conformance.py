@@ -215,7 +215,9 @@ def test_float64_trajectory_is_that_of_the_reference(backend: str, options: dict
         {"betas": (0.0, 0.0)},
         {"betas": (0.99, 0.5), "eps": 1.0},
         {"rho": 0.0, "weight_decay": 0.0},
-        {"rho": 1.0, "lr": 0.5, "seed": (1 << 63) - 1},
+        # A loud one, but not chaotic: 1e-10 of the first weights grows to 5e-9 (at rho 1 and lr .5: to 7e-7, and with it
+        # the last bits in which processors differ).
+        {"rho": 0.5, "lr": 0.1, "seed": (1 << 63) - 1},
         {"lr": 0.0, "weight_decay": 0.3},
         {"lr": torch.tensor(0.05, dtype=torch.float64)},
     ],
