@@ -4,7 +4,7 @@
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 EXTENSION := sassha_fused/_C.abi3.so
-CXX_SOURCES := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+CXX_SOURCES := $(shell find csrc tests/support/cuda_emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 PYTHONS := python3.11 python3 python3.12 python3.13 python3.10
 
 .DEFAULT_GOAL := help

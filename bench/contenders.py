@@ -9,7 +9,7 @@ from bench.budgets import LAZY_BYTES_READ
 from bench.shapes import Shape
 from sassha_fused import Sassha
 from sassha_fused.hvp import SOURCES, HessianSource
-from tests.reference import ReferenceSassha
+from tests.support.reference import ReferenceSassha
 
 LAZY, HESSIAN = "lazy step", "Hessian step"
 HESSIAN_INTERVAL = 2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sassha_fused import Sassha, running_stats_once
-from tests.reference import ReferenceSassha
+from tests.support.reference import ReferenceSassha
 
 Loss = Callable[[], Tensor]
 Step = Callable[[Loss], Tensor]  # one step with the function that computes the loss; returns that loss

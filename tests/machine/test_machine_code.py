@@ -1,0 +1,196 @@
+"""Budgets of the CUDA kernels' machine code, which needs no GPU to be read: registers, spills, width of accesses."""
+
+import collections
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bench import passes
+from bench.budgets import HESSIAN_BYTES, LAZY_BYTES
+from bench.bytes import POWERS, SIZES, VECTOR_BYTES, Kernel, kernels, traffic
+from bench.sass import ARCHITECTURES, LIBRARY, NO_TOOL, MachineCode, demangled, find_cuobjdump, parsed, read, shown
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+VECTOR = 8 * VECTOR_BYTES  # bits
+
+MOST_REGISTERS = 64  # of 65,536 on a multiprocessor: four blocks of 256 threads
+
+# Eight elements a vector meet a logarithm and an exponential, each of many registers. Three blocks, and only where
+# hessian_power is neither 1/2 nor 1.
+MORE_REGISTERS = {
+    ("update_kernel", dtype, product, "kGeneral"): 80
+    for dtype in ("__nv_bfloat16", "__half")
+    for product in ("void", "float", dtype)
+}
+MORE_REGISTERS_FROM = "sm_90"
+
+# Loads narrower than 64 bits that are not of a stream, by kernel and bits: the learning rate and the guards, of any
+# dtype; the count of evaluations, as much of it as the signs depend on.
+OTHER_LOADS = {
+    ("inspect_kernel", 16): 8,
+    ("inspect_kernel", 32): 6,
+    ("rademacher_kernel", 32): 1,
+    ("hutchinson_kernel", 32): 1,
+}
+
+
+@pytest.fixture(scope="module")
+def library() -> dict[str, dict[Kernel, MachineCode]]:
+    if not LIBRARY.exists():
+        pytest.skip(f"{LIBRARY.name} was not built: nvcc is not here")
+    if find_cuobjdump() is None:
+        pytest.skip(NO_TOOL)
+    return read(LIBRARY)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def codes(request: pytest.FixtureRequest, library: dict[str, dict[Kernel, MachineCode]]) -> dict[Kernel, MachineCode]:
+    """The kernels of one architecture."""
+    found = library[request.param]
+    assert found, f"{LIBRARY.name} has no code for {request.param}: was TORCH_CUDA_ARCH_LIST set when it was built?"
+    return found
+
+
+def most_registers(kernel: Kernel, architecture: str) -> int:
+    if ARCHITECTURES.index(architecture) < ARCHITECTURES.index(MORE_REGISTERS_FROM):
+        return MOST_REGISTERS
+    return MORE_REGISTERS.get(kernel, MOST_REGISTERS)
+
+
+def test_every_kernel_is_there_for_every_dtype(codes: dict[Kernel, MachineCode]) -> None:
+    assert {shown(kernel) for kernel in codes} == {shown(kernel) for kernel in kernels()}
+
+
+def test_every_kernel_of_the_sources_is_known_here() -> None:
+    sources = "".join(path.read_text() for path in sorted((CSRC / "cuda").glob("*.cu")))
+    named = re.findall(r"__global__[^{;]*?\b(\w+)\(const __grid_constant__", sources)
+    assert len(named) == sources.count("__global__")
+    assert set(named) == {kernel[0] for kernel in kernels()}
+
+
+def test_the_powers_are_those_of_the_sources() -> None:
+    (named,) = re.findall(r"enum class Power \{([^}]*)\}", (CSRC / "math" / "sassha.h").read_text())
+    assert tuple(named.replace(" ", "").split(",")) == POWERS
+
+
+def test_no_kernel_has_a_stack_or_spills(codes: dict[Kernel, MachineCode]) -> None:
+    assert {
+        shown(kernel): (code.stack, code.local, code.spills)
+        for kernel, code in codes.items()
+        if code.stack or code.local or code.spills.total()
+    } == {}
+
+
+def test_enough_registers_are_left_for_four_blocks(
+    codes: dict[Kernel, MachineCode], request: pytest.FixtureRequest
+) -> None:
+    architecture = request.node.callspec.params["codes"]
+    assert {
+        shown(kernel): code.registers
+        for kernel, code in codes.items()
+        if code.registers > most_registers(kernel, architecture)
+    } == {}
+
+
+def test_every_stream_is_read_and_written_16_bytes_at_a_time(codes: dict[Kernel, MachineCode]) -> None:
+    expected, found = {}, {}
+    for kernel, code in codes.items():
+        streams = traffic(kernel)
+        expected[shown(kernel)] = (streams.vector_loads, streams.vector_stores) if streams else (0, 0)
+        found[shown(kernel)] = (code.loads[VECTOR], code.stores[VECTOR])
+        # Wider ones, should a compiler make some, would need another count.
+        assert max(code.loads | code.stores) <= VECTOR, shown(kernel)
+    assert found == expected
+
+
+def test_no_byte_is_moved_twice(codes: dict[Kernel, MachineCode]) -> None:
+    expected, found = {}, {}
+    for kernel, code in codes.items():
+        if streams := traffic(kernel):
+            expected[shown(kernel)] = streams.bytes_per_element
+            found[shown(kernel)] = streams.moved_per_element(code.loads[VECTOR], code.stores[VECTOR])
+    assert found == expected
+
+
+def test_tails_are_read_and_written_one_element_at_a_time(codes: dict[Kernel, MachineCode]) -> None:
+    # As often as the vectors have elements: a narrow access beside the wide ones would be one too many. Not looked at
+    # in 64 bits, where there are many others: sums, counts, scalars.
+    for kernel, code in codes.items():
+        streams = traffic(kernel)
+        if streams is None:
+            continue
+        for sizes, counts, others in ((streams.reads, code.loads, OTHER_LOADS), (streams.writes, code.stores, {})):
+            expected: collections.Counter[int] = collections.Counter()
+            for size in sizes:
+                expected[8 * size] += streams.elements
+            expected[8 * streams.size] += streams.copies * VECTOR_BYTES // streams.size
+            for bits in (32, 16, 8):
+                most = expected[bits] + others.get((kernel[0], bits), 0)
+                assert expected[bits] <= counts[bits] <= most, (shown(kernel), bits)
+
+
+def test_the_bytes_are_those_of_the_design() -> None:
+    def moved(*kernel: str) -> int:
+        streams = traffic(kernel)
+        assert streams is not None
+        return streams.bytes_per_element
+
+    norm, perturb = moved("squares_kernel", "float", "1"), moved("perturb_kernel", "float", "false")
+    assert norm + perturb + moved("update_kernel", "float", "void", "kSquareRoot") == LAZY_BYTES
+    assert norm + perturb + moved("update_kernel", "float", "float", "kSquareRoot") == HESSIAN_BYTES
+    assert moved("rademacher_kernel", "float") == 4
+    assert moved("hutchinson_kernel", "float") == 12
+
+
+# What cuobjdump prints, in short.
+PRINTED = """
+ Function _ZN6sassha4cuda13update_kernelI6__halfS2_LNS_5PowerE2EEEvNS0_15UpdateArgumentsIT0_EE:
+  REG:66 STACK:16 SHARED:1088 LOCAL:8 CONSTANT[0]:33048 TEXTURE:0 SURFACE:0 SAMPLER:0
+\t\tFunction : _ZN6sassha4cuda13update_kernelI6__halfS2_LNS_5PowerE2EEEvNS0_15UpdateArgumentsIT0_EE
+        /*0000*/                   LDC R1, c[0x0][0x28] ;            /* 0x00000a00ff017b82 */
+                                                                     /* 0x000fe20000000800 */
+        /*0010*/              @!P0 LDG.E.EF.128 R4, desc[UR4][R2.64] ;  /* 0x0000000402047981 */
+        /*0020*/                   LDG.E.64.CONSTANT R4, [R2.64] ;   /* 0x0000000402047981 */
+        /*0030*/             @!UP1 LDG.E.U16 R4, [R2.64] ;           /* 0x0000000402047981 */
+        /*0040*/               @P0 STG.E R4, [R2.64] ;               /* 0x0000000402047981 */
+        /*0050*/                   STG.E.S8 R4, [R2.64] ;            /* 0x0000000402047981 */
+        /*0060*/                   STL.64 [R1], R4 ;                 /* 0x0000000402047981 */
+        /*0070*/                   LDL R4, [R1] ;                    /* 0x0000000402047981 */
+"""
+
+
+def test_what_cuobjdump_prints_is_understood() -> None:
+    ((kernel, code),) = parsed(PRINTED.splitlines())
+    assert shown(kernel) == "update_kernel<__half, __half, kGeneral>"
+    assert (code.registers, code.stack, code.local, code.shared) == (66, 16, 8, 1088)
+    assert (code.spills["LDL"], code.spills["STL"]) == (1, 1)
+    assert code.loads == {128: 1, 64: 1, 16: 1}
+    assert code.stores == {32: 1, 8: 1}
+
+
+@pytest.mark.parametrize(
+    ("symbol", "name"),
+    [
+        ("_ZN6sassha4cuda11norm_kernelENS0_13NormArgumentsE", "norm_kernel"),
+        ("_ZN6sassha4cuda14squares_kernelIdLi2EEEvNS0_16SquaresArgumentsIXT0_EEE", "squares_kernel<double, 2>"),
+        ("_ZN6sassha4cuda14perturb_kernelIfLb1EEEvNS0_16PerturbArgumentsE", "perturb_kernel<float, true>"),
+        (
+            "_ZN6sassha4cuda13update_kernelI13__nv_bfloat16vLNS_5PowerE0EEEvNS0_15UpdateArgumentsIT0_EE",
+            "update_kernel<__nv_bfloat16, void, kSquareRoot>",
+        ),
+    ],
+)
+def test_mangled_names_are_read(symbol: str, name: str) -> None:
+    assert shown(demangled(symbol)) == name
+
+
+def test_every_dtype_has_a_size() -> None:
+    assert {kernel[1] for kernel in kernels() if len(kernel) > 1} == set(SIZES)
+
+
+@pytest.mark.parametrize("table", [passes.table, passes.arithmetic])
+def test_the_predictions_in_the_docs_are_those_that_the_bench_prints(table: Callable[[str], list[str]]) -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    assert "\n".join(table("float")) in docs

@@ -1,0 +1,95 @@
+"""Hutchinson's estimate of the Hessian's diagonal: its mean and variance, on quadratics with a known Hessian."""
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sassha_fused import Sassha
+from tests.support.backends import BACKENDS, each_quick_backend
+from tests.support.cases import Recorder
+from tests.support.problems import single_threaded
+
+SHAPES = ((3,), (), (2, 3))
+SIZE = 10
+# Means and variances are tested at this many standard deviations.
+SIGMAS = 5
+
+
+# Small tensors: a second thread costs more than it does.
+one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
+
+
+@functools.cache
+def hessian(positive: bool) -> Tensor:
+    """A symmetric matrix; if positive, so dominated by its diagonal that no estimate of that is ever negative."""
+    A = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    A = A + A.T
+    if positive:
+        A.diagonal().copy_(A.abs().sum(1) + torch.arange(SIZE))
+    return A
+
+
+def parameters(backend: str) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(shape, dtype=torch.float64, device=BACKENDS[backend])) for shape in SHAPES]
+
+
+def loss(params: list[nn.Parameter], A: Tensor) -> Tensor:
+    w = torch.cat([p.flatten() for p in params])
+    return w @ A.to(w.device) @ w / 2
+
+
+def assert_unbiased_with_the_variance_of_the_formula(estimates: Tensor, A: Tensor, samples: int) -> None:
+    """The mean is the diagonal; of one sample the variance is the sum of the squares of the row's other elements."""
+    count = len(estimates)
+    others = A - A.diag().diag()
+    variance, fourth = others.square().sum(1), others.pow(4).sum(1)
+    # The fourth central moment of a sum of independent +-a_j, and then of the mean of samples.
+    fourth = 3 * variance.square() - 2 * fourth
+    fourth = (fourth + 3 * (samples - 1) * variance.square()) / samples**3
+    variance = variance / samples
+
+    error = (estimates.mean(0) - A.diag()).abs()
+    assert (error <= SIGMAS * (variance / count).sqrt()).all()
+    found = (estimates - A.diag()).square().mean(0)
+    assert ((found - variance).abs() <= SIGMAS * ((fourth - variance.square()) / count).sqrt()).all()
+
+
+@each_quick_backend
+@pytest.mark.parametrize("hessian_samples", [1, 3])
+def test_mean_of_the_estimate_over_seeds_and_evaluations_is_the_diagonal(backend: str, hessian_samples: int) -> None:
+    # With beta2 = 0 the state is the estimate itself, with lr = 0 the weights stay, and each step is an evaluation.
+    A, estimates = hessian(positive=True), []
+    for seed in range(80):
+        params = parameters(backend)
+        options = {"lr": 0.0, "hessian_interval": 1, "hessian_samples": hessian_samples, "backend": backend}
+        optimizer = Sassha(params, betas=(0.9, 0.0), seed=seed, **options)
+        for _ in range(4):
+            optimizer.step(lambda: loss(params, A))
+            estimates.append(torch.cat([optimizer.state[p]["exp_hessian"].flatten() for p in params]).cpu())
+    assert_unbiased_with_the_variance_of_the_formula(torch.stack(estimates), A, hessian_samples)
+
+
+@each_quick_backend
+@pytest.mark.parametrize("hessian_samples", [2, 3])
+def test_mean_of_the_signed_estimate_is_the_diagonal_of_an_indefinite_hessian(
+    backend: str, hessian_samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    A, estimates, recorder = hessian(positive=False), [], Recorder(monkeypatch)
+    assert A.diag().min() < 0 < A.diag().max()
+    for seed in range(250):
+        params = parameters(backend)
+        Sassha(params, seed=seed, hessian_samples=hessian_samples, backend=backend).step(lambda: loss(params, A))
+        estimates.append(torch.cat([recorder.products[p].flatten() for p in params]).cpu())
+    assert_unbiased_with_the_variance_of_the_formula(torch.stack(estimates), A, hessian_samples)
+
+
+@each_quick_backend
+def test_the_estimate_of_a_diagonal_hessian_is_exact(backend: str) -> None:
+    A = hessian(positive=True).diag().diag()
+    params = parameters(backend)
+    optimizer = Sassha(params, lr=0.0, betas=(0.9, 0.0), hessian_interval=1, hessian_samples=2, backend=backend)
+    optimizer.step(lambda: loss(params, A))
+    found = torch.cat([optimizer.state[p]["exp_hessian"].flatten() for p in params]).cpu()
+    torch.testing.assert_close(found, A.diag(), rtol=1e-15, atol=0)

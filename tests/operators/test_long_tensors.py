@@ -1,0 +1,181 @@
+"""csrc/cuda run by g++ on tensors of more than 2^31 and 2^32 elements, in memory that is hardly touched."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.operators import test_operators
+from tests.support import emulation
+from tests.support.backends import operators_of
+from tests.support.cases import (
+    PART_ALIGNMENT,
+    Case,
+    Spec,
+    assert_same_bits,
+    bits,
+    make_case,
+    sparse,
+    units,
+)
+from tests.support.emulation import BACKEND
+from tests.support.problems import single_threaded
+from tests.support.reference import signs
+
+one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
+
+
+BLOCK = 8 * 512  # elements that a block takes at a time
+HEAD = 2 * BLOCK
+SHORT = 77
+MARGIN = 1024
+
+# So many blocks that each has one chunk per warp to do. Their sums are beyond the size that malloc has in stock, so
+# they start as zeros, which is what the sums of blocks that do not run would be.
+MULTIPROCESSORS = 1 << 21
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+class Spread:
+    """Operators that take both ends of a tensor of more than 2^31 elements as two; a short one lies behind.
+
+    They put the ends where they belong in a tensor that is zero between, run there, and bring back what became of them.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        # A gap comes between the tensors, behind 2^31 units of it.
+        self.offsets = [0, units(count) + PART_ALIGNMENT]
+        self.total = self.offsets[1] + units(SHORT)
+        self.tail = (-(-self.total // BLOCK) - 2) * BLOCK
+        self.pieces = [(0, HEAD), (self.tail, count - self.tail), (self.offsets[1], SHORT)]
+        self.operators = operators_of(BACKEND)
+        self.before = resident()
+
+    def case(self) -> Case:
+        case = make_case(torch.bfloat16, [Spec((length,)) for _, length in self.pieces])
+        case.rows[0] = case.rows[1]
+        case.indices[1] = case.indices[0] + self.tail
+        return case
+
+    def perturb_(self, params: Any, grads: Any, backup: Tensor, offsets: Any, norm: Tensor, *rest: Any) -> None:
+        with (
+            self.tensors(params) as w,
+            self.tensors(grads) as g,
+            self.buffer(backup, offsets) as kept,
+            self.ends_only(),
+        ):
+            self.operators.perturb_(w, g, kept, self.offsets, norm, *rest)
+
+    def rademacher_(self, params: Any, indices: list[int], *rest: Any) -> None:
+        with self.tensors(params) as z, self.ends_only():
+            self.operators.rademacher_(z, indices[::2], *rest)
+
+    def hutchinson_(self, products: Any, estimate: Tensor, offsets: Any, indices: list[int], *rest: Any) -> None:
+        with self.tensors(products) as p, self.buffer(estimate, offsets) as sums, self.ends_only():
+            self.operators.hutchinson_(p, sums, self.offsets, indices[::2], *rest)
+
+    def update_(
+        self, params: Any, grads: Any, products: Any, backup: Tensor, exp_avg: Tensor, exp_hessian: Tensor,
+        steps: Tensor, skipped: Tensor, offsets: Any, rows: list[int], *rest: Any,
+    ) -> None:  # fmt: skip
+        with (
+            self.tensors(params) as w,
+            self.tensors(grads) as g,
+            self.tensors(products) as p,
+            self.buffer(backup, offsets) as kept,
+            self.buffer(exp_avg, offsets) as m,
+            self.buffer(exp_hessian, offsets) as D,
+            self.ends_only(),
+        ):
+            self.operators.update_(w, g, p, kept, m, D, steps, skipped, self.offsets, rows[1:], *rest)
+
+    def grad_norm(self, grads: Any, params: Any, adaptive: bool) -> Tensor:
+        with self.tensors(grads) as g, self.tensors(params) as w, self.ends_only():
+            return self.operators.grad_norm(g, w, adaptive)
+
+    @contextmanager
+    def ends_only(self) -> Iterator[None]:
+        with emulation.device(MULTIPROCESSORS, 1), emulation.only_blocks(2, 2):
+            yield
+        assert resident() - self.before < 1 << 30
+
+    @contextmanager
+    def tensors(self, ends: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        if not ends:
+            yield []
+            return
+        head, tail, short = ends
+        long = sparse(self.count, head.dtype)
+        long[: len(head)], long[self.tail :] = head, tail
+        yield [long, short]
+        head.copy_(long[: len(head)])
+        tail.copy_(long[self.tail :])
+        self.check_between(long)
+
+    @contextmanager
+    def buffer(self, flat: Tensor, offsets: Sequence[int]) -> Iterator[Tensor]:
+        whole = sparse(self.total, flat.dtype)
+        for (at, length), offset in zip(self.pieces, offsets, strict=True):
+            whole[at : at + length] = flat[offset : offset + length]
+        yield whole
+        for (at, length), offset in zip(self.pieces, offsets, strict=True):
+            flat[offset : offset + length] = whole[at : at + length]
+        self.check_between(whole)
+        assert not bits(whole[self.count : self.offsets[1]]).any(), "what belongs to no tensor was written"
+
+    def check_between(self, t: Tensor) -> None:
+        for start in (HEAD, self.tail - MARGIN):
+            assert not bits(t[start : start + MARGIN]).any(), "what no block that ran has to do with was written"
+
+
+@pytest.fixture(params=[2**31 + 300, 2**32 + 300], ids=["2^31+300", "2^32+300"])
+def spread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Spread:
+    spread = Spread(request.param)
+    monkeypatch.setattr(test_operators, "operators_of", lambda _: spread)
+    return spread
+
+
+def test_perturb_reaches_elements_beyond_32_bits(spread: Spread) -> None:
+    test_operators.check_perturb(BACKEND, spread.case(), 7.3)
+
+
+@pytest.mark.parametrize("hessian", [False, True], ids=["lazy", "hessian"])
+def test_update_reaches_elements_beyond_32_bits(spread: Spread, hessian: bool) -> None:
+    test_operators.check_update(BACKEND, spread.case(), hessian)
+
+
+def test_a_skipped_step_brings_back_elements_beyond_32_bits(spread: Spread) -> None:
+    test_operators.check_skip(BACKEND, spread.case(), torch.tensor(math.inf))
+
+
+@pytest.mark.parametrize("sample", [0, 1])
+def test_the_estimate_reaches_elements_beyond_32_bits(spread: Spread, sample: int) -> None:
+    test_operators.check_hutchinson(BACKEND, spread.case(), sample, 2)
+
+
+def test_signs_reach_elements_beyond_32_bits(spread: Spread) -> None:
+    case = spread.case()
+    test_operators.run_rademacher(BACKEND, case, 5, 6, 7)
+    for z, index in zip(case.params, case.indices, strict=True):
+        assert_same_bits(z, signs(index, z.numel(), 5, 6, 7).bfloat16(), "signs")
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_norm_counts_elements_beyond_32_bits(spread: Spread, adaptive: bool) -> None:
+    case = spread.case()
+    expected = test_operators.exact_norm(case.grads, case.params if adaptive else None)
+    norm = test_operators.norm_of(BACKEND, case.grads, case.params, adaptive)
+    assert norm == pytest.approx(expected, rel=8 * 2**-53, abs=0)

@@ -1,0 +1,283 @@
+"""Operators as torch sees them: schemas, fake kernels, compilation; and arguments that they refuse."""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sassha_fused import eager
+from sassha_fused.ops import NAMES
+from tests.support.backends import BACKENDS, marks_of, operators_of
+from tests.support.cases import (
+    PART_ALIGNMENT,
+    Case,
+    Spec,
+    assert_same_bits,
+    assert_same_case,
+    assert_untouched,
+    make_case,
+)
+from tests.support.problems import single_threaded
+
+one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
+
+NAMESPACE = torch.ops.sassha_fused
+
+
+def arguments_of(name: str, case: Case) -> dict[str, Any]:
+    """Arguments for an operator, by the names of its schema."""
+    return {
+        "grad_norm": {"grads": case.grads, "params": case.params, "adaptive": True},
+        "perturb_": {
+            "params": case.params,
+            "grads": case.grads,
+            "backup": case.backup,
+            "offsets": case.offsets,
+            "norm": torch.tensor(3.0, dtype=torch.float64, device=case.backup.device),
+            "measure": True,
+            "rho": 0.2,
+            "adaptive": False,
+            "maximize": False,
+        },
+        "rademacher_": {
+            "signs": case.params,
+            "indices": case.indices,
+            "seed": 1,
+            "evaluation": torch.tensor(2, device=case.backup.device),
+            "sample": 3,
+        },
+        "hutchinson_": {
+            "products": case.products,
+            "estimate": case.estimate,
+            "offsets": case.offsets,
+            "indices": case.indices,
+            "seed": 1,
+            "evaluation": torch.tensor(2, device=case.backup.device),
+            "sample": 1,
+            "samples": 3,
+        },
+        "update_": {
+            "params": case.params,
+            "grads": case.grads,
+            "products": case.products,
+            "backup": case.backup,
+            "exp_avg": case.exp_avg,
+            "exp_hessian": case.exp_hessian,
+            "steps": case.steps,
+            "skipped": case.skipped,
+            "offsets": case.offsets,
+            "rows": case.rows,
+            "guards": [torch.tensor(1.0, device=case.backup.device)],
+            "guard_grads": True,
+            "lr_tensor": None,
+            "lr": 0.1,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "eps": 1e-4,
+            "weight_decay": 0.01,
+            "hessian_power": 0.5,
+            "step_correction": True,
+            "maximize": False,
+        },
+    }[name]
+
+
+def small_case(dtype: torch.dtype = torch.float32) -> Case:
+    return make_case(
+        dtype, [Spec((5,), shift=1), Spec((3, 4), "transposed"), Spec((2, 3, 4, 4), "channels_last"), Spec(())]
+    )
+
+
+each_operator = pytest.mark.parametrize("name", NAMES)
+
+
+def variants(name: str, case: Case) -> list[dict[str, Any]]:
+    """An operator's arguments, and those of its other paths."""
+    arguments = arguments_of(name, case)
+    others: dict[str, list[dict[str, Any]]] = {
+        "grad_norm": [{"params": [], "adaptive": False}],
+        "perturb_": [{"measure": False}],
+        "update_": [
+            {"products": [], "guard_grads": False},
+            {"lr_tensor": torch.tensor(0.1)},
+            {"guards": [torch.tensor(math.nan), torch.tensor(1.0, dtype=torch.float64)]},
+        ],
+    }
+    return [arguments, *({**arguments, **changes} for changes in others.get(name, []))]
+
+
+@each_operator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torch_accepts_the_operator(name: str, dtype: torch.dtype) -> None:
+    # Schema and what is really written, registration for autograd, fake kernels, and compilation with dynamic shapes.
+    for arguments in variants(name, small_case(dtype)):
+        results = torch.library.opcheck(getattr(NAMESPACE, name).default, (), arguments)
+        assert set(results.values()) == {"SUCCESS"} and len(results) == 4
+
+
+@each_operator
+def test_arguments_in_plain_torch_are_those_of_the_schema(name: str) -> None:
+    schema = getattr(NAMESPACE, name).default._schema
+    written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    expected = {
+        "grad_norm": set(),
+        "perturb_": {"params", "backup", "norm"},
+        "rademacher_": {"signs"},
+        "hutchinson_": {"estimate"},
+        "update_": {"params", "exp_avg", "exp_hessian", "steps", "skipped"},
+    }
+    assert list(inspect.signature(getattr(eager, name)).parameters) == [a.name for a in schema.arguments]
+    assert list(arguments_of(name, small_case())) == [a.name for a in schema.arguments]
+    assert written == expected[name]
+    assert not any(a.has_default_value() for a in schema.arguments)
+
+
+@each_operator
+def test_shapes_and_dtypes_are_known_without_values(name: str) -> None:
+    case = small_case()
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake = {
+            key: pytree.tree_map_only(Tensor, mode.from_tensor, value)
+            for key, value in arguments_of(name, case).items()
+        }
+        result = getattr(NAMESPACE, name)(**fake)
+    if name == "grad_norm":
+        assert result.shape == () and result.dtype == torch.float64
+    else:
+        assert result is None
+
+
+@each_operator
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_compiled_function_writes_the_same_bits(name: str, compiler: str) -> None:
+    for i in range(len(variants(name, small_case()))):
+        ran, compiled = small_case(), small_case()
+        torch._dynamo.reset()
+        function = torch.compile(getattr(NAMESPACE, name), fullgraph=True, backend=compiler)
+        expected = getattr(NAMESPACE, name)(**variants(name, ran)[i])
+        found = function(**variants(name, compiled)[i])
+        assert_same_case(compiled, ran)
+        if name == "grad_norm":
+            assert_same_bits(found, expected, "norm")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad arguments
+
+
+def shorter(values: Sequence[Any]) -> Sequence[Any]:
+    return values[:-1]
+
+
+def longer(values: Sequence[Any]) -> Sequence[Any]:
+    return [*values, values[-1]]
+
+
+def misshapen(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return [*tensors[:-2], tensors[-2].flatten(), tensors[-1]]
+
+
+def transposed(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return [tensors[0], tensors[1].t(), *tensors[2:]]
+
+
+def mixed(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return [*tensors[:-1], tensors[-1].half()]
+
+
+def reinterpreted(value: Any) -> Any:
+    """The same memory under another dtype."""
+    if isinstance(value, list):
+        return [reinterpreted(t) for t in value]
+    return value.view(
+        torch.int32 if value.dtype == torch.float32 else torch.float64 if value.dtype == torch.int64 else torch.int64
+    )
+
+
+def doubled(value: Any) -> Any:
+    return [t.double() for t in value] if isinstance(value, list) else value.double()
+
+
+def truncated(flat: Tensor) -> Tensor:
+    """Without the part of the last parameter."""
+    return flat[: -3 * PART_ALIGNMENT]
+
+
+def beyond(rows: Sequence[int]) -> Sequence[int]:
+    return [*rows[:-1], len(rows) + 3]
+
+
+def emptied(value: Any) -> Any:
+    return [t.flatten()[:0] for t in value] if isinstance(value, list) else value.flatten()[:0]
+
+
+def in_one_row(steps: Tensor) -> Tensor:
+    return steps.flatten()
+
+
+def with_gaps(flat: Tensor) -> Tensor:
+    return torch.stack((flat, flat), dim=-1)[..., 0]
+
+
+def negative(indices: Sequence[int]) -> Sequence[int]:
+    return [*indices[:-1], -1]
+
+
+LENGTHS = (shorter, longer)
+TENSORS = (*LENGTHS, misshapen, transposed, mixed, reinterpreted, doubled)
+FLATS = (truncated, reinterpreted, doubled, with_gaps)
+BAD_ARGUMENTS = [
+    (name, argument, change)
+    for name, argument, changes in [
+        ("grad_norm", "grads", TENSORS),
+        ("perturb_", "grads", TENSORS),
+        ("perturb_", "backup", FLATS),
+        ("perturb_", "offsets", LENGTHS),
+        ("perturb_", "norm", (reinterpreted, emptied)),
+        ("rademacher_", "indices", (*LENGTHS, negative)),
+        ("rademacher_", "evaluation", (reinterpreted, emptied)),
+        ("hutchinson_", "estimate", FLATS),
+        ("hutchinson_", "offsets", LENGTHS),
+        ("hutchinson_", "indices", (*LENGTHS, negative)),
+        ("hutchinson_", "evaluation", (reinterpreted, emptied)),
+        ("update_", "grads", TENSORS),
+        ("update_", "products", TENSORS),
+        ("update_", "backup", FLATS),
+        ("update_", "exp_avg", FLATS),
+        ("update_", "exp_hessian", FLATS),
+        ("update_", "steps", (reinterpreted, in_one_row, with_gaps)),
+        ("update_", "skipped", (reinterpreted, emptied)),
+        ("update_", "guards", (reinterpreted, emptied)),
+        ("update_", "offsets", LENGTHS),
+        ("update_", "rows", (*LENGTHS, beyond)),
+    ]
+    for change in changes
+]
+
+
+# Compiled kernels write through pointers and check every argument; eager leaves all but the gradients to torch.
+REFUSED = [
+    pytest.param(backend, *bad, id="-".join((bad[0], bad[1], bad[2].__name__, backend)), marks=marks_of(backend))
+    for backend in BACKENDS
+    for bad in BAD_ARGUMENTS
+    if backend != "eager" or bad[1] == "grads"
+]
+
+
+@pytest.mark.parametrize("backend, name, argument, change", REFUSED)
+def test_arguments_that_do_not_fit_are_refused_and_nothing_is_written(
+    backend: str, name: str, argument: str, change: Callable[[Any], Any]
+) -> None:
+    before = small_case()
+    case = before.to(BACKENDS[backend])
+    arguments = arguments_of(name, case)
+    arguments[argument] = change(arguments[argument])
+    with pytest.raises((ValueError, RuntimeError, TypeError)):
+        getattr(operators_of(backend), name)(**arguments)
+    assert_untouched(case.to("cpu"), before)

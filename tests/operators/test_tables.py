@@ -1,0 +1,259 @@
+"""csrc/cuda run by g++: tables of tensors of every kind, and what the launchers refuse."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sassha_fused.ops import NAMES
+from tests.operators import test_operators
+from tests.support import emulation
+from tests.support.backends import operators_of
+from tests.support.cases import (
+    Case,
+    Spec,
+    assert_same_bits,
+    assert_same_case,
+    each_dtype,
+    every_size,
+    make_case,
+    many,
+    sparse,
+    units,
+    whole,
+)
+from tests.support.emulation import BACKEND
+from tests.support.problems import single_threaded
+
+one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
+
+
+# Fills the tables of, in turn: update_ on a Hessian step and a lazy one, perturb_ and signs, the norm.
+CAPACITIES = (985, 1300, 1548, 2500)
+
+
+def chosen(case: Case, positions: Sequence[int]) -> Case:
+    """The same memory with some parameters in the lists, in any order."""
+    values = {field.name: getattr(case, field.name) for field in fields(case)}
+    return Case(**{k: [v[i] for i in positions] if isinstance(v, list) else v for k, v in values.items()})
+
+
+def without_gaps(case: Case) -> Case:
+    """The same values with all parts next to each other."""
+    offsets = [0, *itertools.accumulate(units(w.numel()) for w in case.params)]
+
+    def packed(flat: Tensor) -> Tensor:
+        result = torch.full((offsets[-1],), math.nan, dtype=flat.dtype)
+        for offset, values in zip(offsets, case.parts(flat)):
+            result[offset : offset + len(values)] = values
+        return result
+
+    buffers = {name: packed(getattr(case, name)) for name in ("backup", "exp_avg", "exp_hessian", "estimate")}
+    values = {field.name: getattr(case, field.name) for field in fields(case)}
+    return Case(**values | buffers | {"offsets": offsets[:-1]})
+
+
+def assert_as_on_the_cpu(case: Case) -> None:
+    """Every operator leaves the same bits behind on both backends."""
+    results = []
+    for name in (BACKEND, "cpu"):
+        done: dict[str, Any] = {"perturb": test_operators.perturb(name, case, 7.3, 0.2, True, False)}
+        for hessian in (False, True):
+            done[f"update {hessian}"] = test_operators.update(
+                name, case, test_operators.HYPER, hessian, guard_grads=True
+            )
+        done["skip"] = test_operators.update(name, case, test_operators.HYPER, True, [torch.tensor(math.nan)])
+        for sample in (0, 1):
+            done[f"hutchinson {sample}"] = test_operators.hutchinson(name, case, 5, 6, sample, 2)
+        done["rademacher"] = case.to("cpu")
+        test_operators.run_rademacher(name, done["rademacher"], 5, 6, 7)
+        # Of small integers the sums of squares are exact, in whatever order they are taken.
+        integers = [(torch.arange(g.numel()) % 7 - 3).to(g.dtype).view(g.shape) for g in case.grads]
+        for adaptive in (False, True):
+            norm = operators_of(name).grad_norm(integers, integers, adaptive)
+            done[f"norm {adaptive}"] = norm
+            measured = case.to("cpu")
+            measured.params, measured.grads = ([g.clone() for g in integers] for _ in range(2))
+            own = torch.full_like(norm, math.nan)
+            operators_of(name).perturb_(
+                measured.params, measured.grads, measured.backup, case.offsets, own, True, 0.2, adaptive, False
+            )
+            done[f"measured {adaptive}"], done[f"own norm {adaptive}"] = measured, own
+        results.append(done)
+    for key, expected in results[1].items():
+        compare = assert_same_case if isinstance(expected, Case) else functools.partial(assert_same_bits, what=key)
+        compare(results[0][key], expected)
+
+
+ORDERS_OF_PARTS = {
+    "all": range(60),
+    "every third left out": [i for i in range(60) if i % 3 != 1],
+    "only a few": [7, 8, 41],
+    "the last one": [59],
+    "descending": range(59, -1, -1),
+    "some descending": range(57, 2, -5),
+    "mixed": [(23 * i) % 60 for i in range(60)],
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("positions", ORDERS_OF_PARTS.values(), ids=ORDERS_OF_PARTS)
+def test_parts_may_be_left_out_and_come_in_any_order(dtype: torch.dtype, positions: Sequence[int]) -> None:
+    case = make_case(dtype, many(60))
+    assert_as_on_the_cpu(chosen(case, positions))
+    assert_as_on_the_cpu(chosen(without_gaps(case), positions))
+
+
+EMPTY = Spec((0,))
+EMPTIES = {
+    "first": [EMPTY, Spec((0, 3)), Spec((5,)), Spec((300,))],
+    "last": [Spec((300,)), Spec((128,)), EMPTY, EMPTY],
+    "between": [Spec((128,)), EMPTY, Spec((1,)), EMPTY, Spec((0, 3)), Spec((513,))],
+    "around": [EMPTY, Spec((256,)), EMPTY],
+    "only one": [EMPTY],
+    "only several": [EMPTY, Spec((0, 3)), EMPTY],
+}
+
+
+@pytest.mark.parametrize("specs", EMPTIES.values(), ids=EMPTIES)
+def test_empty_tensors_may_stand_anywhere(specs: list[Spec]) -> None:
+    case = make_case(torch.float32, specs)
+    assert_as_on_the_cpu(case)
+    assert_as_on_the_cpu(without_gaps(case))
+
+
+@functools.cache
+def singles() -> Case:
+    """Tensors of one element, more than any table holds."""
+    return without_gaps(make_case(torch.float32, [Spec((1,))] * (max(CAPACITIES) + 1)))
+
+
+@pytest.mark.parametrize("count", [capacity + 1 for capacity in CAPACITIES])
+def test_more_tensors_than_a_table_holds_go_into_several(count: int) -> None:
+    assert_as_on_the_cpu(chosen(singles(), range(count)))
+
+
+def test_gaps_take_their_room_in_a_table() -> None:
+    # Every second part is left out: a table ends at a gap, or right before one.
+    assert_as_on_the_cpu(chosen(singles(), range(0, 2001, 2)))
+    assert_as_on_the_cpu(chosen(singles(), [0, *range(1, 2001, 2)]))
+
+
+@each_dtype
+def test_numbers_around_the_tensors_stay_as_they_are(dtype: torch.dtype) -> None:
+    # What is worked out from a NaN is one: written over the NaN that it came from, it would not be noticed.
+    case = make_case(dtype, every_size(dtype))
+    for tensors in case.tensors().values():
+        for t in tensors:
+            memory = whole(t)
+            memory.copy_(memory.nan_to_num(1.5))
+    test_operators.check_perturb(BACKEND, case, 7.3)
+    test_operators.check_hutchinson(BACKEND, case, 1, 2)
+    for hessian in (False, True):
+        test_operators.check_update(BACKEND, case, hessian)
+
+
+def test_one_block_does_the_work_of_all() -> None:
+    with emulation.device(1, 1):
+        assert_as_on_the_cpu(make_case(torch.float32, [Spec((20_003,), shift=1), *many(20)]))
+        assert_as_on_the_cpu(chosen(singles(), range(1000)))
+
+
+def test_empty_lists_are_a_step_of_no_tensors() -> None:
+    case = chosen(make_case(torch.float32, [Spec((5,))]), [])
+    results = []
+    for name in (BACKEND, "cpu"):
+        done = [test_operators.perturb(name, case, 7.3, 0.2, False, False)]
+        done.append(test_operators.hutchinson(name, case, 5, 6, 0, 1))
+        for guard in (1.0, math.nan):
+            done.append(test_operators.update(name, case, test_operators.HYPER, False, [torch.tensor(guard)]))
+        test_operators.run_rademacher(name, case, 5, 6, 7)
+        results.append(done)
+        with pytest.raises(RuntimeError):
+            operators_of(name).grad_norm([], [], False)
+    for found, expected in zip(*results, strict=True):
+        assert_same_case(found, expected)
+    assert [int(case.skipped) for case in results[0]] == [7, 7, 0, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the launchers refuse
+
+WRITERS: dict[str, Callable[[Case], None]] = {
+    "perturb_": lambda case: test_operators.run_perturb(BACKEND, case, 7.3, 0.2, False, False),
+    "hutchinson_": lambda case: test_operators.run_hutchinson(BACKEND, case, 5, 6, 0, 1),
+    "update_": lambda case: test_operators.run_update(BACKEND, case, test_operators.HYPER, False),
+}
+each_writer = pytest.mark.parametrize("operator", WRITERS)
+
+
+def check_refused_offset(operator: str, before: Case) -> None:
+    case = before.to("cpu")
+    with pytest.raises(RuntimeError, match="offsets of the state must be multiples of 128 elements"):
+        WRITERS[operator](case)
+    assert_same_case(case, before)
+
+
+@each_writer
+@pytest.mark.parametrize("shift", [1, 64, 120])
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_offsets_off_the_boundaries_of_units_are_refused(operator: str, shift: int, position: int) -> None:
+    case = make_case(torch.float32, [Spec((5,))] * 3)
+    case.offsets[position] += shift
+    check_refused_offset(operator, case)
+
+
+@each_writer
+def test_nothing_is_written_where_an_offset_of_a_later_table_is_refused(operator: str) -> None:
+    case = chosen(singles(), range(2000))
+    case.offsets[-1] += 1
+    case.backup, case.exp_avg, case.exp_hessian, case.estimate = (
+        torch.cat([flat, flat[:1]]) for flat in (case.backup, case.exp_avg, case.exp_hessian, case.estimate)
+    )
+    check_refused_offset(operator, case)
+
+
+def test_a_tensor_that_no_count_of_units_can_hold_is_refused() -> None:
+    with emulation.intercepted() as launches, pytest.raises(RuntimeError, match=r"2\^38 elements or more"):
+        operators_of(BACKEND).grad_norm([sparse(2**38, torch.bfloat16)], [], False)
+    assert not launches
+
+
+def test_tensors_too_long_for_one_table_together_go_into_several() -> None:
+    long = sparse(2**37, torch.bfloat16)
+    with emulation.intercepted() as launches:
+        operators_of(BACKEND).grad_norm([long] * 3, [], False)
+    assert len(launches) == 4  # one for each, and the end of the norm
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_launch_that_fails_is_an_error_that_names_the_operator(name: str) -> None:
+    case = chosen(singles(), range(3))
+    operators, number = operators_of("cuda_emulated"), torch.tensor(1)
+    norm = torch.ones((), dtype=torch.float64)
+    numbers = (0.1, 0.9, 0.999, 1e-4, 0.0, 0.5, True, False)
+    calls: dict[str, Callable[[], object]] = {
+        "grad_norm": lambda: operators.grad_norm(case.grads, [], False),
+        "perturb_": lambda: operators.perturb_(
+            case.params, case.grads, case.backup, case.offsets, norm, False, 0.1, False, False
+        ),
+        "rademacher_": lambda: operators.rademacher_(case.params, case.indices, 0, number, 0),
+        "hutchinson_": lambda: operators.hutchinson_(
+            case.products, case.estimate, case.offsets, case.indices, 0, number, 0, 1
+        ),
+        "update_": lambda: operators.update_(
+            *(case.params, case.grads, [], case.backup, case.exp_avg, case.exp_hessian, case.steps, case.skipped),
+            *(case.offsets, case.rows, [norm], False, None, *numbers),
+        ),
+    }
+    with emulation.refused(), pytest.raises(RuntimeError, match=f"sassha_fused::{name}: CUDA error: invalid argument"):
+        calls[name]()
+    calls[name]()

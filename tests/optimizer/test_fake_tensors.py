@@ -1,0 +1,173 @@
+"""Steps do not wait for the device: on fake tensors, where reading a value raises, whole steps run through."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sassha_fused import Sassha, hvp, ops
+from tests.support.problems import BACKENDS, STYLES, Problem
+
+# Of the kernels, none is started: where tensors are fake, nothing is launched.
+FAKED = [*BACKENDS, *(["triton"] if ops.BACKENDS["triton"].missing() is None else [])]
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "three samples": {"hessian_samples": 3},
+    "adaptive, update": {"adaptive": True, "bias_correction": "update", "weight_decay": 0.1},
+    "maximize, power": {"maximize": True, "hessian_power": 0.7},
+}
+
+
+def set_tensor_lr(opt: Sassha, device: str = "cpu") -> None:
+    """After construction, where the value of a learning rate is checked."""
+    for group in opt.param_groups:
+        group["lr"] = torch.full((), 0.1, device=device)
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeTensorMode]:
+    with FakeTensorMode() as mode:
+        yield mode
+
+
+def test_reading_a_value_raises_here(fake: FakeTensorMode) -> None:
+    with pytest.raises(DataDependentOutputException):
+        torch.ones(3).sum().item()
+
+
+@pytest.mark.parametrize("backend", FAKED)
+@pytest.mark.parametrize("style", ["closure", "phase"])
+@pytest.mark.parametrize("name, tensor_lr", [*zip(OPTIONS, (False, True, False, True))])
+def test_whole_steps_read_no_value(fake: FakeTensorMode, backend: str, style: str, name: str, tensor_lr: bool) -> None:
+    weight, bias = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4))
+    scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+    half = nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
+    inputs = torch.ones(6, 3)
+    groups = [{"params": [weight, bias, scale]}, {"params": [half], "rho": 0.1}]
+    opt = Sassha(groups, hessian_interval=2, backend=backend, **OPTIONS[name])
+    if tensor_lr:
+        set_tensor_lr(opt)
+
+    def loss() -> Tensor:
+        return (inputs @ weight.t() + bias).tanh().mean() + (scale**3).float() + (half**3).sum().float()
+
+    due = []
+    for _ in range(4):
+        due.append(opt.hessian_due)
+        STYLES[style](opt, loss)
+    assert due == [True, False, True, False]
+    assert all(isinstance(value, FakeTensor) for state in opt.state.values() for value in state.values())
+
+
+class Reads(TorchDispatchMode):
+    """Counts the values read back from tensors, real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("style", STYLES)
+def test_a_step_reads_one_value_back_namely_whether_the_one_before_was_skipped(backend: str, style: str) -> None:
+    problem = Problem(backend)
+    counts = []
+    for _ in range(6):
+        with Reads() as reads:
+            problem.step(style)
+        counts.append(reads.count)
+    assert counts == [0, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("backend", FAKED)
+def test_a_parameter_that_joins_late_reads_no_value(fake: FakeTensorMode, backend: str) -> None:
+    first, late = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt = Sassha([first, late], backend=backend)
+    opt.step(lambda: (first**3).sum())
+    opt.step(lambda: (first**3).sum() + (late**3).sum())
+    assert set(opt.state[late]) == set(opt.state[first])
+
+
+@pytest.mark.parametrize("backend", FAKED)
+def test_an_early_restore_reads_no_value(fake: FakeTensorMode, backend: str) -> None:
+    w = nn.Parameter(torch.ones(3))
+    opt = Sassha([w], backend=backend)
+    (w**3).sum().backward()
+    opt.perturb()
+    gradient = torch.autograd.grad((w**3).sum(), w, create_graph=True)
+    w.grad = gradient[0]
+    opt.restore()
+    opt.step()
+    assert not opt.perturbed
+
+
+@pytest.fixture
+def bindings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods without their Python bindings, which refuse CUDA tensors, even fake ones, where torch has no CUDA."""
+
+    def getitem(self: Tensor, key: Any) -> Tensor:
+        for part in key if isinstance(key, tuple) else (key,):
+            if isinstance(part, int):
+                self = torch.ops.aten.select.int(self, 0, part)
+            else:
+                assert isinstance(part, slice) and self.dim() == 1
+                self = torch.ops.aten.slice.Tensor(self, 0, part.start, part.stop)
+        return self
+
+    monkeypatch.setattr(Tensor, "__getitem__", getitem)
+    monkeypatch.setattr(Tensor, "__invert__", lambda self: torch.ops.aten.bitwise_not(self))
+    monkeypatch.setattr(Tensor, "copy_", lambda self, other, **options: torch.ops.aten.copy_(self, other, **options))
+
+
+def ones(params: Any, gradients: Any, signs: list[Tensor], keep_graph: bool) -> list[Tensor]:
+    """Hessian products from nowhere: backward on fake CUDA tensors aborts the process."""
+    return [torch.ones_like(z) for z in signs]
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto", "triton"])
+@pytest.mark.parametrize("name, lr_device", [*zip(OPTIONS, (None, "cpu", "cuda", "cuda"))])
+def test_perturb_and_step_on_fake_cuda_tensors_read_no_value(
+    fake: FakeTensorMode,
+    bindings: None,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    name: str,
+    lr_device: str | None,
+) -> None:
+    # As where torch has CUDA: the compiled operators then serve fake tensors through their fake kernels.
+    monkeypatch.setitem(ops.BACKENDS, "cuda", replace(ops.BACKENDS["cuda"], missing=lambda: None))
+    if backend == "triton":
+        triton = pytest.importorskip("triton") and ops.BACKENDS["triton"]
+        monkeypatch.setitem(ops.BACKENDS, "triton", replace(triton, devices=None, missing=lambda: None))
+    monkeypatch.setitem(hvp.SOURCES, "autograd", hvp.HessianSource(ones, needs_graph=False))
+    params = [
+        nn.Parameter(torch.ones(4, 5, device="cuda")),
+        nn.Parameter(torch.ones((), device="cuda")),
+        nn.Parameter(torch.ones(7, device="cuda", dtype=torch.bfloat16)),
+        nn.Parameter(torch.ones(3, device="cuda", dtype=torch.float64)),
+        nn.Parameter(torch.ones(3)),  # on the CPU
+    ]
+    groups = [{"params": params[:2]}, {"params": params[2:], "rho": 0.1}]
+    opt = Sassha(groups, hessian_interval=2, backend=backend, **OPTIONS[name])
+    if lr_device is not None:
+        set_tensor_lr(opt, lr_device)
+    for due in (True, False, True, False):
+        for phase in (opt.perturb, opt.step):
+            for param in params:
+                param.grad = torch.ones_like(param)
+            assert opt.hessian_due == due
+            phase()
+        opt.zero_grad()
+    for param in params:
+        assert all(value.device == param.device for value in opt.state[param].values())
+        assert opt.state[param]["exp_avg"].shape == param.shape

@@ -1,0 +1,109 @@
+"""The PTX that nvcc makes of csrc/cuda, run on the CPU by ptxrun at every launch of the real launchers (tests only).
+
+The emulation of tests/support/emulation.py runs the torch glue and the launchers; each launch,
+instead of running what g++ made of the kernel, runs what nvcc made of it, in the memory of tests/support/arena.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import ptxrun
+import torch
+from torch import Tensor
+
+from sassha_fused.ops import NAMES, Operators
+from tests.support import arena, emulation
+
+BUILD = emulation.ROOT / "build" / "ptx"
+ARCHITECTURE = "compute_90"
+# Those of setup.py that change what is computed.
+FLAGS = ("-std=c++17", "-O3", "-fmad=false")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From source to kernels
+
+
+def nvcc() -> str | None:
+    """CUDA's compiler, looked for where setup.py looks."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next(filter(None, map(shutil.which, places)), None)
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+    return done.stdout
+
+
+def build(csrc: Path = emulation.ROOT / "csrc", architecture: str = ARCHITECTURE) -> list[Path]:
+    """The PTX of every file in csrc/cuda; what was compiled before, from the same headers, is not compiled again."""
+    compiler = nvcc()
+    assert compiler is not None, "nvcc was not found"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    command = (compiler, "-ptx", *FLAGS, f"-arch={architecture}", "-ccbin", emulation.compiler().split()[0])
+    shared = hashlib.sha256("\0".join((*command[1:], _run(compiler, "--version"))).encode())
+    for header in sorted(csrc.rglob("*.h")):
+        shared.update(f"\0{header.relative_to(csrc)}\0".encode() + header.read_bytes())
+    found = []
+    for source in sorted((csrc / "cuda").glob("*.cu")):
+        key = shared.copy()
+        key.update(source.read_bytes())
+        path = BUILD / f"{source.stem}-{architecture}-{key.hexdigest()[:32]}.ptx"
+        if not path.exists():
+            unfinished = path.with_suffix(f".{os.getpid()}")
+            _run(*command, f"-I{csrc}", str(source), "-o", str(unfinished))
+            unfinished.rename(path)
+        found.append(path)
+    return found
+
+
+@functools.cache
+def kernels() -> dict[str, ptxrun.Kernel]:
+    """Every kernel of csrc/cuda by its mangled name."""
+    modules = [ptxrun.load(path.read_text()) for path in build()]
+    return {name: module[name] for module in modules for name in module.kernels()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators
+
+
+@dataclass
+class Backend:
+    """The operators of csrc/cuda as nvcc compiles them, on CPU tensors.
+
+    A race (within a block, or between blocks), a read of memory that nothing has written or that lies outside of every
+    tensor, a misaligned access or a barrier that not all threads reach raises ptxrun.PtxError.
+    """
+
+    runs: list[arena.Run] = field(default_factory=list)
+
+    def operators(self) -> Operators:
+        """The five functions; each notes its launches in runs."""
+        return cast(Operators, SimpleNamespace(**{name: functools.partial(self._call, name) for name in NAMES}))
+
+    def _call(self, name: str, *arguments: Any) -> Tensor | None:
+        emulation.emulated()
+        operator = getattr(torch.ops.sassha_fused_emulated, name).default
+        named = {declared.name: value for declared, value in zip(operator._schema.arguments, arguments)}
+        with arena.on_device(named) as (memory, on_device):
+            with emulation.intercepted(functools.partial(self._launch, memory)), arena.OnDevice(memory):
+                # Straight to the kernel, or the mode would see the operator itself and not what it calls.
+                result = operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *on_device)
+            return None if result is None else result.clone()
+
+    def _launch(self, memory: arena.Memory, launch: emulation.Launch) -> None:
+        kernel = kernels()[launch.name]
+        stats = kernel.launch(launch.blocks, launch.threads, [launch.arguments], memory, **arena.CHECKS)
+        self.runs.append(arena.Run(launch.name, launch.blocks, launch.threads, stats))
