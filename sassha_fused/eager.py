@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import check_gradients
 from .layout import state_dtype, view_of
-from .validation import check_gradients
 
 _WORD = 0xFFFFFFFF
 

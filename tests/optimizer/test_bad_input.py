@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sassha_fused import Sassha, available_backends, eager, ops
-from sassha_fused.validation import check_gradients
+from sassha_fused.checks import check_gradients
 from tests.support.problems import (
     BACKENDS,
     STYLES,
