@@ -2,14 +2,21 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from tests.support.quadratic import assert_bitwise, parameter, quadratic, sign_by_definition, snapshot
-from tests.support.reference import ReferenceSassha, memory_order, signs
+from tests.support.quadratic import (
+    Attempt,
+    assert_bitwise,
+    check_against_closed_form,
+    parameter,
+    quadratic,
+    snapshot,
+)
+from tests.support.reference import ReferenceSassha, signs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps worked by hand
@@ -43,10 +50,24 @@ def test_three_steps_on_a_parabola_are_those_worked_by_hand(correction: str, thi
     assert w.item() == pytest.approx(third, rel=1e-12)
 
 
+def test_two_steps_without_bias_correction_are_those_worked_by_hand() -> None:
+    w = parameter(1.0)
+    opt = ReferenceSassha([w], 0.1, (0.5, 0.75), 0.5, rho=0.25, hessian_interval=1, bias_correction="none")
+    opt.step(lambda: (2 * w**2).sum())  # g~ = 5, m = 2.5, H = 4, D = 1
+    first = 1 - 0.1 * 2.5 / (1 + 0.5)
+    assert w.item() == pytest.approx(first, rel=1e-12)
+    opt.step(lambda: (2 * w**2).sum())  # D = 1.75
+    m = 0.5 * 2.5 + 0.5 * 4 * (first + 0.25)
+    assert w.item() == pytest.approx(first - 0.1 * m / (math.sqrt(1.75) + 0.5), rel=1e-12)
+    assert (opt.state[w]["step"], opt.state[w]["hessian_step"]) == (2, 2)
+
+
 def test_defaults_are_the_published_ones() -> None:
-    (group,) = ReferenceSassha([parameter(1.0)]).param_groups
+    opt = ReferenceSassha([parameter(1.0)])
+    (group,) = opt.param_groups
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.15, (0.9, 0.999), 1e-4, 0.0)
-    assert (group["rho"], group["hessian_interval"], group["hessian_power"]) == (0.2, 10, 0.5)
+    assert (group["rho"], group["hessian_power"], group["bias_correction"]) == (0.2, 0.5, "step")
+    assert (opt.hessian_interval, opt.hessian_warmup, opt.hessian_samples, opt.seed) == (10, 0, 1, 0)
 
 
 def test_hessian_is_taken_at_the_perturbed_weights() -> None:
@@ -60,109 +81,48 @@ def test_hessian_is_taken_at_the_perturbed_weights() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Twelve steps on a quadratic, against closed forms in numpy
-
-BASE = {
-    "lr": 0.05,
-    "betas": (0.9, 0.99),
-    "eps": 1e-3,
-    "weight_decay": 0.01,
-    "rho": 0.2,
-    "adaptive": False,
-    "hessian_interval": 3,
-    "hessian_warmup": 0,
-    "hessian_power": 0.5,
-    "bias_correction": "step",
-    "maximize": False,
-}
-
-
-def numpy_steps(A: np.ndarray, b: np.ndarray, w: np.ndarray, hyper: list[dict], samples: int, seed: int):
-    """Sassha on w A w / 2 + b w; hyper holds one dict per element of w. Yields w, m, D, t and the exponent of c2."""
-
-    def column(name: str) -> np.ndarray:
-        return np.array([h[name] for h in hyper])
-
-    beta1, beta2 = column("betas").T
-    lr, eps, decay, rho, power = map(column, ["lr", "eps", "weight_decay", "rho", "hessian_power"])
-    adaptive, up, by_step = column("adaptive"), column("maximize"), column("bias_correction") == "step"
-    interval, warmup = column("hessian_interval"), column("hessian_warmup")
-    sign = np.where(up, -1, 1)
-    m, D, n, exponent, h = np.zeros(w.size), np.zeros(w.size), np.zeros(w.size), np.zeros(w.size), 0
-    for t in range(1, 100):
-        g = sign * (A @ w + b)
-        norm = np.sqrt(np.sum((np.where(adaptive, np.abs(w), 1) * g) ** 2))
-        moved = w + rho * np.where(adaptive, w**2, 1) * g / (norm + 1e-12)
-        g = sign * (A @ moved + b)
-        due = ((t - 1) % interval == 0) | (t <= warmup)
-        if due.any():
-            z = np.array([[sign_by_definition(i, seed, h, s) for i in range(w.size)] for s in range(samples)]) * due
-            H = np.mean([z[s] * (A @ z[s]) for s in range(samples)], axis=0)
-            D = np.where(due, beta2 * D + (1 - beta2) * np.abs(H), D)
-            n = n + due
-            exponent = np.where(due, np.where(by_step, t, n), exponent)
-            h += 1
-        m = beta1 * m + (1 - beta1) * g
-        denominator = (D / (1 - beta2**exponent)) ** power + eps
-        w = w * (1 - lr * decay) - lr / (1 - beta1**t) * m / denominator
-        yield w, m, D, t, exponent
+# Steps on a quadratic, against its closed form
 
 
 @pytest.mark.parametrize(
-    "groups, samples, seed",
+    "groups, schedule, problem",
     [
-        pytest.param([{}], 1, 0, id="base"),
-        pytest.param([{"hessian_interval": 1}], 3, 1, id="k=1, S=3"),
-        pytest.param([{"hessian_interval": 10}], 2, 2**63 + 5, id="k=10, S=2, 64-bit seed"),
-        pytest.param([{"hessian_warmup": 4}], 1, 2, id="warm-up"),
-        pytest.param([{"adaptive": True}], 1, 3, id="adaptive"),
-        pytest.param([{"bias_correction": "update"}], 1, 4, id="update correction"),
-        pytest.param([{"bias_correction": "update", "hessian_warmup": 5}], 3, 5, id="update correction, warm-up"),
-        pytest.param([{"hessian_power": 1.0}], 3, 6, id="power 1"),
-        pytest.param([{"hessian_power": 0.7}], 1, 7, id="power 0.7"),
-        pytest.param([{"maximize": True, "adaptive": True}], 1, 8, id="maximize"),
-        pytest.param([{"rho": 0.0, "weight_decay": 0.0}], 1, 9, id="no perturbation, no decay"),
+        pytest.param([{}], {}, 0, id="base"),
+        pytest.param([{}], {"hessian_interval": 1, "hessian_samples": 3, "seed": 1}, 1, id="k=1, S=3"),
+        pytest.param(
+            [{}], {"hessian_interval": 10, "hessian_samples": 2, "seed": 2**63 + 5}, 2, id="k=10, S=2, 64-bit seed"
+        ),
+        pytest.param([{}], {"hessian_warmup": 4, "seed": 2}, 3, id="warm-up"),
+        pytest.param([{"adaptive": True}], {"seed": 3}, 4, id="adaptive"),
+        pytest.param([{"bias_correction": "update"}], {"seed": 4}, 5, id="update correction"),
+        pytest.param(
+            [{"bias_correction": "update"}],
+            {"hessian_warmup": 5, "hessian_samples": 3, "seed": 5},
+            6,
+            id="update correction, warm-up",
+        ),
+        pytest.param([{"bias_correction": "none"}], {"hessian_warmup": 2, "seed": 11}, 7, id="no correction"),
+        pytest.param([{"hessian_power": 1.0}], {"hessian_samples": 3, "seed": 6}, 8, id="power 1"),
+        pytest.param([{"hessian_power": 0.7}], {"seed": 7}, 9, id="power 0.7"),
+        pytest.param([{"maximize": True, "adaptive": True}], {"seed": 8}, 10, id="maximize"),
+        pytest.param([{"rho": 0.0, "weight_decay": 0.0}], {"seed": 9}, 11, id="no perturbation, no decay"),
         pytest.param(
             [
-                {"lr": 0.02, "rho": 0.5, "hessian_interval": 2, "weight_decay": 0.3, "betas": (0.5, 0.8)},
+                {"lr": 0.02, "rho": 0.5, "weight_decay": 0.3, "betas": (0.5, 0.8), "bias_correction": "none"},
                 {"adaptive": True, "bias_correction": "update", "hessian_power": 1.0, "eps": 0.1},
-                {"hessian_interval": 5, "hessian_warmup": 2, "maximize": True, "betas": (0.0, 0.0)},
+                {"rho": 0.0, "maximize": True, "betas": (0.0, 0.0)},
             ],
-            3,
-            10,
+            {"hessian_interval": 5, "hessian_warmup": 2, "hessian_samples": 3, "seed": 10},
+            12,
             id="groups that differ in everything",
         ),
     ],
 )
-def test_twelve_steps_on_a_quadratic_match_the_closed_form(groups: list[dict], samples: int, seed: int) -> None:
-    A, b, params, loss = quadratic(seed % 100)
-    parts = [params] if len(groups) == 1 else [params[:1], params[1:2], params[2:]]
-    opt = ReferenceSassha(
-        [{"params": part, **group} for part, group in zip(parts, groups, strict=True)],
-        hessian_samples=samples,
-        seed=seed,
-        **BASE,
-    )
-    hyper = [
-        {**BASE, **group} for part, group in zip(parts, groups, strict=True) for p in part for _ in range(p.numel())
-    ]
-    w = torch.cat([memory_order(p.detach()) for p in params]).numpy().copy()
-    simulation = numpy_steps(A.numpy(), b.numpy(), w, hyper, samples, seed)
-    for _ in range(12):
-        value = loss().item()
-        assert opt.step(loss).item() == value
-        w, m, D, t, exponent = next(simulation)
-        states = [opt.state[p] for p in params]
-        for name, tensors, expected in [
-            ("w", params, w),
-            ("m", [s["exp_avg"] for s in states], m),
-            ("D", [s["exp_hessian"] for s in states], D),
-        ]:
-            actual = torch.cat([memory_order(tensor.detach()) for tensor in tensors]).numpy()
-            scale = np.abs(expected).max()
-            np.testing.assert_allclose(actual, expected, rtol=1e-11, atol=1e-12 * scale, err_msg=f"{name}, step {t}")
-        assert [s["step"] for s in states] == [t] * len(params)
-        assert np.repeat([s["hessian_step"] for s in states], [p.numel() for p in params]).tolist() == exponent.tolist()
+def test_twelve_steps_on_a_quadratic_match_the_closed_form(
+    groups: list[dict], schedule: dict[str, int], problem: int
+) -> None:
+    opt = check_against_closed_form(groups, schedule, [Attempt()] * 12, problem)
+    assert opt.steps_taken == 12
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,6 +230,35 @@ def test_a_step_without_perturbation_is_one_with_rho_zero() -> None:
     assert_bitwise(*runs)
 
 
+@pytest.mark.parametrize("radii, passes", [((0.0, 0.0), 1), ((0.0, 0.1), 2)])
+def test_one_pass_is_enough_where_rho_is_zero_in_every_group(radii: tuple[float, ...], passes: int) -> None:
+    a, b = parameter(1.0, 2.0), parameter(3.0)
+    opt = ReferenceSassha([{"params": [p], "rho": rho} for p, rho in zip((a, b), radii)], hessian_interval=2)
+    for _ in range(4):
+        seen = []
+
+        def closure() -> Tensor:
+            seen.append([p.detach().clone() for p in (a, b)])
+            return a.prod() * b.sum() + a.pow(4).sum()
+
+        opt.step(closure)
+        assert len(seen) == passes
+        assert_bitwise(seen[-1][0], seen[0][0])
+        assert bool(seen[-1][1] == seen[0][1]) == (passes == 1)
+    assert (opt.steps_taken, opt.hessian_evaluations) == (4, 2)
+
+
+def test_one_pass_takes_the_steps_of_two_with_a_radius_that_moves_nothing() -> None:
+    runs = []
+    for rho in (0.0, 1e-300):
+        _, _, params, loss = quadratic()
+        opt = ReferenceSassha(params, rho=rho, hessian_interval=3, hessian_samples=3)
+        for _ in range(7):
+            opt.step(loss)
+        runs.append(snapshot(opt))
+    assert_bitwise(*runs)
+
+
 def test_norm_of_a_large_float32_gradient_is_as_exact_as_float64() -> None:
     w = torch.nn.Parameter(torch.zeros(3_000_001))
     w.grad = torch.full_like(w, 1.1).requires_grad_(False)
@@ -278,12 +267,17 @@ def test_norm_of_a_large_float32_gradient_is_as_exact_as_float64() -> None:
     assert opt._grad_norm == pytest.approx(math.sqrt(w.numel()) * torch.tensor(1.1).item(), rel=1e-12)
 
 
-def test_perturbing_twice_and_a_first_step_without_a_product_are_errors() -> None:
-    w = parameter(1.0)
-    opt = ReferenceSassha([w])
+def test_perturbing_twice_and_a_missing_product_are_errors() -> None:
+    w, other = parameter(1.0), parameter(2.0)
+    opt = ReferenceSassha([w, other])
     w.grad = torch.ones_like(w).detach()
-    with pytest.raises(ValueError, match="product"):
+    with pytest.raises(ValueError, match="first step of a parameter needs"):
         opt.update()
+    w.grad, other.grad = (torch.ones_like(p).detach() for p in (w, other))
+    opt.update([w.grad, other.grad])
+    w.grad, other.grad = (torch.ones_like(p).detach() for p in (w, other))
+    with pytest.raises(ValueError, match="every parameter that takes part"):
+        opt.update([w.grad, None])
     opt.perturb()
     with pytest.raises(ValueError, match="twice"):
         opt.perturb()

@@ -41,7 +41,7 @@ HYPER = {
     "eps": st.floats(1e-8, 1),
     "weight_decay": st.floats(0, 1),
     "hessian_power": st.sampled_from([0.5, 1.0, 0.7]),
-    "bias_correction": st.sampled_from(["step", "update"]),
+    "bias_correction": st.sampled_from(["step", "update", "none"]),
     "maximize": st.booleans(),
 }
 
@@ -94,6 +94,20 @@ def test_largest_terms_are_those_of_the_sums_before_cancellation() -> None:
     assert (new.w.item(), new.w_largest.item()) == (0.25, 0.25)
     new = formula_update(w / 100, g, H, m, D, 0, 0, **options)
     assert (new.w.item(), new.w_largest.item()) == (pytest.approx(0.0025), pytest.approx(2 / 12))
+
+
+def test_formulas_move_nothing_where_the_norm_is_not_finite() -> None:
+    w, g = torch.tensor([1.0, -0.0]), torch.tensor([float("nan"), 1.0])
+    for norm in (float("inf"), float("nan")):
+        assert_bitwise(formula_perturb(w, g, norm, rho=0.5), (w.double(), w.double().abs()))
+
+
+def test_formulas_without_bias_correction_divide_by_neither_factor() -> None:
+    w, g, H, m, D = (torch.tensor([value]) for value in (1.0, 4.0, -8.0, 2.0, 16.0))
+    options = {"lr": 1.0, "betas": (0.5, 0.75), "eps": 1.0, "weight_decay": 0.0, "hessian_power": 0.5}
+    new = formula_update(w, g, H, m, D, 6, 2, **options, bias_correction="none")
+    assert (new.m.item(), new.D.item(), new.t, new.e) == (3, 14, 7, 3)
+    assert new.w.item() == pytest.approx(1 - 3 / (14**0.5 + 1), rel=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

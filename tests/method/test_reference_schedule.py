@@ -1,11 +1,23 @@
 """Who takes part in a step of the reference, and which steps are Hessian steps."""
 
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from tests.support.quadratic import assert_bitwise, parameter, snapshot
+from tests.support.quadratic import (
+    EVERY,
+    Attempt,
+    assert_bitwise,
+    check_against_closed_form,
+    parameter,
+    sign_by_definition,
+    snapshot,
+)
 from tests.support.reference import ReferenceSassha
 
 
@@ -36,32 +48,138 @@ def test_counters_of_a_parameter_without_gradients_stand_still() -> None:
         hessian_steps.append((opt.state[always]["hessian_step"], opt.state[sometimes]["hessian_step"]))
         evaluations.append(opt.hessian_evaluations)
     assert steps == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 3), (7, 4), (8, 5)]
+    # The second one misses the Hessian step 4, and at 7 has taken four steps.
     assert hessian_steps == [(1, 1), (1, 1), (1, 1), (4, 1), (4, 1), (4, 1), (7, 4), (7, 4)]
     assert evaluations == [1, 1, 1, 2, 2, 2, 3, 3]
 
 
-def test_a_late_parameter_starts_with_a_hessian_step_of_its_own() -> None:
+@pytest.mark.parametrize("correction", ["step", "update", "none"])
+def test_a_late_parameter_makes_its_first_step_a_hessian_step_of_all(correction: str) -> None:
     early, late = parameter(1.0), parameter(1.0)
-    opt = ReferenceSassha([early, late], betas=(0.9, 0.5), hessian_interval=10)
+    opt = ReferenceSassha([early, late], betas=(0.9, 0.5), hessian_interval=10, bias_correction=correction)
     opt.step(lambda: early.square().sum())
-    curvature = opt.state[early]["exp_hessian"].clone()
-    opt.step(lambda: early.square().sum() + 3 * (early * late).sum() + 2 * late.square().sum())
-    # Signs are drawn for due parameters only: the mixed derivative 3 does not enter.
-    assert opt.state[late]["exp_hessian"].item() == 0.5 * 4
-    assert_bitwise(opt.state[early]["exp_hessian"], curvature)
-    assert (opt.state[early]["hessian_step"], opt.state[late]["hessian_step"]) == (1, 1)
-    assert opt.hessian_evaluations == 2
+    for _ in range(2):
+        opt.step(lambda: early.square().sum() + 3 * (early * late).sum() + 2 * late.square().sum())
+    # The Hessian is [[2, 3], [3, 4]], and both have signs: those of elements 0 and 1 in evaluation 1.
+    mixed = 3 * sign_by_definition(0, 0, 1, 0) * sign_by_definition(1, 0, 1, 0)
+    assert opt.state[early]["exp_hessian"].item() == 0.5 * (0.5 * 2) + 0.5 * abs(2 + mixed)
+    assert opt.state[late]["exp_hessian"].item() == 0.5 * abs(4 + mixed)
+    assert (opt.state[early]["hessian_step"], opt.state[late]["hessian_step"]) == (2, 1)
+    assert (opt.steps_taken, opt.hessian_evaluations) == (3, 2)
+
+
+def test_a_parameter_that_had_no_second_gradient_makes_no_hessian_step() -> None:
+    always, once = parameter(1.0), parameter(1.0)
+    opt = ReferenceSassha([always, once], hessian_interval=10)
+    opt.step(lambda: always.square().sum())
+    used = iter([[always, once], [always]])
+    opt.step(lambda: sum(p.square().sum() for p in next(used)))
+    assert (opt.steps_taken, opt.hessian_evaluations) == (2, 1)
+    assert opt.state[always]["hessian_step"] == 1
+    assert once not in opt.state
+
+
+def hessian_steps_of(opt: ReferenceSassha, losses: Iterable[Callable[[], Tensor]]) -> list[int]:
+    """Takes a step for each loss; which of them, counted from 0, were Hessian steps."""
+    found = []
+    for step, loss in enumerate(losses):
+        before = opt.hessian_evaluations
+        opt.step(loss)
+        found += [step] * (opt.hessian_evaluations - before)
+    return found
+
+
+def test_layers_dropped_at_random_leave_hessian_steps_at_every_kth_step() -> None:
+    layers = [parameter(1.0, -2.0) for _ in range(6)]
+    opt = ReferenceSassha(layers, lr=0.01, hessian_interval=10)
+    random = np.random.default_rng(0)
+
+    def loss_of(kept: np.ndarray) -> Callable[[], Tensor]:
+        return lambda: sum((p**4).sum() for p, yes in zip(layers, kept) if yes)
+
+    # All in the first step, later the first layer and a half of the others; the same ones in both passes.
+    kept = random.random((61, 6)) < 0.5
+    kept[0] = kept[:, 0] = True
+    assert hessian_steps_of(opt, map(loss_of, kept)) == [0, 10, 20, 30, 40, 50, 60]
+    assert [opt.state[p]["step"] for p in layers] == np.sum(kept, axis=0).tolist()
+    # c2 is that of the step, of this parameter, at which it last had a Hessian.
+    last = [max(step for step in range(0, 61, 10) if kept[step][i]) for i in range(6)]
+    steps = [sum(kept[step][i] for step in range(last[i] + 1)) for i in range(6)]
+    assert [opt.state[p]["hessian_step"] for p in layers] == steps
+
+
+def test_warm_up_counts_the_steps_of_the_optimizer() -> None:
+    early, late = parameter(1.0), parameter(1.0)
+    opt = ReferenceSassha([early, late], hessian_interval=6, hessian_warmup=3)
+
+    def both() -> Tensor:
+        return (early**2).sum() + (late**2).sum()
+
+    # Steps 0 to 2 are the warm-up; the first step of the late one, 4, starts none of its own.
+    losses = [lambda: (early**2).sum()] * 4 + [both] * 9
+    assert hessian_steps_of(opt, losses) == [0, 1, 2, 4, 6, 12]
+
+
+def test_skipped_steps_do_not_count_in_the_schedule() -> None:
+    w = parameter(1.0)
+    opt = ReferenceSassha([w], hessian_interval=3, hessian_warmup=2)
+
+    def loss_of(step: int) -> Callable[[], Tensor]:
+        return lambda: (w**2).sum() * (math.nan if step in (1, 4, 5) else 1)
+
+    # T is 0, 1, 1, 2, 3, 3, 3, 4, 5, 6.
+    assert hessian_steps_of(opt, map(loss_of, range(10))) == [0, 2, 6, 9]
+    assert (opt.steps_taken, opt.skipped_steps) == (7, 3)
+
+
+RANDOM = [
+    pytest.param([{}], {}, id="base"),
+    pytest.param([{"bias_correction": "update"}], {"hessian_samples": 2, "hessian_warmup": 4, "seed": 1}, id="update"),
+    pytest.param([{"bias_correction": "none", "adaptive": True}], {"hessian_interval": 2, "seed": 2}, id="none"),
+    pytest.param([{"rho": 0.0}], {"hessian_interval": 4, "hessian_samples": 2, "seed": 3}, id="one pass"),
+    pytest.param(
+        [
+            {"bias_correction": "none", "rho": 0.0},
+            {"bias_correction": "update", "adaptive": True, "maximize": True},
+            {"betas": (0.5, 0.9), "weight_decay": 0.2},
+        ],
+        {"hessian_interval": 5, "hessian_samples": 3, "seed": 4},
+        id="groups",
+    ),
+]
+
+
+@pytest.mark.parametrize("groups, schedule", RANDOM)
+def test_steps_with_random_parameters_and_skipped_ones_match_the_closed_form(
+    groups: list[dict], schedule: dict[str, int]
+) -> None:
+    random = np.random.default_rng(schedule.get("seed", 0))
+    passes = random.random((25, 2, len(EVERY))) < [0.9, 0.4, 0.6, 0.5]
+    finite = random.random(25) < 0.8
+    if all(group.get("rho") == 0 for group in groups):
+        passes[:, 1] = passes[:, 0]
+    attempts = [Attempt(*map(tuple, both), bool(yes)) for both, yes in zip(passes, finite)]
+    taken = [bool((both.all(0)).any() and yes) for both, yes in zip(passes, finite)]
+    opt = check_against_closed_form(groups, schedule, attempts)
+    assert opt.steps_taken == sum(taken) < 25
+    assert opt.skipped_steps == sum(not yes for yes in finite) > 0
 
 
 def test_groups_may_be_added_at_any_time() -> None:
     a, b = parameter(1.0), parameter(2.0)
     opt = ReferenceSassha([a])
     opt.step(lambda: (a**2).sum() + (b**2).sum())
-    opt.add_param_group({"params": [b], "hessian_interval": 2})
+    opt.add_param_group({"params": [b], "lr": 0.01})
     for _ in range(3):
         opt.step(lambda: (a**2).sum() + (b**2).sum())
-    assert (opt.state[a]["step"], opt.state[a]["hessian_step"]) == (4, 1)
-    assert (opt.state[b]["step"], opt.state[b]["hessian_step"]) == (3, 3)
+    assert (opt.state[a]["step"], opt.state[a]["hessian_step"]) == (4, 2)
+    assert (opt.state[b]["step"], opt.state[b]["hessian_step"]) == (3, 1)
+
+
+@pytest.mark.parametrize("name", ["hessian_interval", "hessian_warmup", "hessian_samples", "seed"])
+def test_the_schedule_and_the_signs_are_no_matter_of_groups(name: str) -> None:
+    with pytest.raises(ValueError, match=f"one value for the whole optimizer, not for a group: {name}"):
+        ReferenceSassha([{"params": [parameter(1.0)], name: 3}])
 
 
 def test_a_repeated_parameter_counts_once() -> None:

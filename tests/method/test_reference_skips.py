@@ -67,6 +67,25 @@ def test_a_bad_gradient_or_product_given_by_hand_skips_the_step() -> None:
     assert (opt.skipped_steps, opt.hessian_evaluations) == (3, 0)
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, NAN])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_weights_stay_where_the_norm_of_the_first_pass_is_not_finite(value: float, adaptive: bool) -> None:
+    a, b = parameter(1.0, -0.0, 3.0), parameter(2.0)
+    opt = ReferenceSassha([a, b], adaptive=adaptive)
+    seen = []
+
+    def closure() -> Tensor:
+        seen.append([p.detach().clone() for p in (a, b)])
+        return (a * torch.tensor([1.0, 1.0, value], dtype=torch.float64)).sum() + b.square().sum()
+
+    opt.step(closure)
+    assert len(seen) == 2
+    assert_bitwise(*seen)
+    assert bool(seen[1][0].signbit()[1])
+    assert_bitwise([a.detach(), b.detach()], seen[0])
+    assert (opt.skipped_steps, opt.steps_taken) == (1, 0)
+
+
 def test_large_finite_gradients_are_not_skipped() -> None:
     w = torch.nn.Parameter(torch.ones(100))
     opt = ReferenceSassha([w])
