@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sassha_fused import Sassha
-from tests.support.backends import BACKENDS, each_backend, each_backend_and
+from tests.support.backends import BACKENDS, each_backend
 from tests.support.cases import (
     GENERAL_POWER_ULPS,
     ULPS,
@@ -22,16 +22,13 @@ from tests.support.cases import (
 )
 from tests.support.network import (
     COMMON,
-    GROUPINGS,
-    NARROW_DTYPES,
     Groups,
     Network,
     State,
-    id_of_run,
+    each_run,
     snapshot,
     steps_of,
 )
-from tests.support.pairs import every_pair
 from tests.support.problems import single_threaded
 from tests.support.reference import (
     formula_norm,
@@ -149,34 +146,27 @@ def check_estimate(found: Tensor, terms: Tensor) -> None:
         assert_rounded([found.cpu()], exact, largest, 2)
 
 
-STEP_RUNS = every_pair(
-    options=[
+@each_run(
+    BACKENDS,
+    [
         {"hessian_interval": 3, "hessian_samples": 3, "hessian_power": 1.0, "adaptive": True},
         {"hessian_interval": 1, "hessian_samples": 3, "hessian_power": 0.7, "bias_correction": "update"},
-        {"hessian_interval": 10, "hessian_warmup": 4, "maximize": True, "lr": 1e-3},
+        {"hessian_interval": 10, "hessian_warmup": 3, "maximize": True, "lr": 1e-3},
         {"hessian_interval": 3, "bias_correction": "none"},
     ],
-    dtype=NARROW_DTYPES,
-    groups=GROUPINGS,
 )
-
-
-@each_backend_and("run", STEP_RUNS, STEP_RUNS[:4], id_of=id_of_run)
 def test_every_step_is_the_formula_from_the_state_before_it(
-    backend: str, run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    backend: str, dtype: torch.dtype, groups: Groups, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**COMMON, "hessian_samples": 1, "hessian_warmup": 0, **run["options"]}
-    check_single_steps(backend, run["dtype"], run["groups"], Recorder(monkeypatch), **options)
+    options = {**COMMON, "hessian_samples": 1, "hessian_warmup": 0, **options}
+    check_single_steps(backend, dtype, groups, Recorder(monkeypatch), **options)
 
 
 @each_backend
 @each_dtype
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_weights_stay_at_w_to_the_bit_where_the_first_norm_is_not_finite(
-    backend: str, dtype: torch.dtype, adaptive: bool
-) -> None:
+def test_weights_stay_at_w_to_the_bit_where_the_first_norm_is_not_finite(backend: str, dtype: torch.dtype) -> None:
     device = BACKENDS[backend]
-    for value in (math.inf, -math.inf, math.nan):
+    for value, adaptive in [(math.inf, False), (-math.inf, True), (math.nan, False), (math.nan, True)]:
         params = [nn.Parameter(torch.tensor(w, dtype=dtype, device=device)) for w in ([1.0, -0.0, 3.0], [2.0])]
         groups = [{"params": [p], "lr": 0.1 / (i + 1)} for i, p in enumerate(params)]
         optimizer = Sassha(groups, adaptive=adaptive, backend=backend)
