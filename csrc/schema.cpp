@@ -14,6 +14,7 @@ SASSHA_LIBRARY(SASSHA_NAMESPACE, m) {
 
   // backup <- w;  w <- w + eps*,  eps* = rho g / (norm + 1e-12), times w^2 if adaptive, negated if maximize. norm is a
   // 0-d float64 tensor: that of all gradients, or if measure that of grads, which is worked out first and put there.
+  // Where it is not finite, w stays as it is: a forward pass at weights that are NaN would ruin batch-norm statistics.
   m.def(
       "perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) backup, int[] offsets, Tensor(c!) norm, bool measure, "
       "float rho, bool adaptive, bool maximize) -> ()");

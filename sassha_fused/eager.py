@@ -40,18 +40,20 @@ def perturb_(
 ) -> None:
     r"""backup <- w; :math:`w \leftarrow w + \rho g / (N + 10^{-12})`, times :math:`w^2` if adaptive.
 
-    N is in norm, or if measure it is that of grads, and put there.
+    N is in norm, or if measure it is that of grads, and put there. Where it is not finite, w stays as it is.
     """
     check_gradients(params, grads)
     if measure:
         norm.copy_(grad_norm(grads, params, adaptive))
+    finite = torch.isfinite(norm)
     factor = torch.full_like(norm, -rho if maximize else rho) / (norm + 1e-12)
     results, backups = [], [view_of(backup, offset, w) for w, offset in zip(params, offsets, strict=True)]
     for w, g in zip(params, grads, strict=True):
         dtype = state_dtype(w)
         weight = w.to(dtype)
         step = factor.to(dtype) * g.to(dtype)
-        results.append(weight + step * (weight * weight) if adaptive else weight + step)
+        moved = weight + step * (weight * weight) if adaptive else weight + step
+        results.append(torch.where(finite, moved.to(w.dtype), w))
     # Nothing is written before all is worked out: memory may run out above, not below.
     for w, old, result in zip(params, backups, results, strict=True):
         old.copy_(w)

@@ -12,7 +12,7 @@
 
 namespace sassha {
 
-// rho / (N + 1e-12), the factor of the gradient in eps*; negative where the objective is maximised.
+// rho / (N + 1e-12), the factor of the gradient in eps*, where N is finite; negative where the objective is maximised.
 template <class T>
 SASSHA_HOST_DEVICE T perturbation_scale(double rho, double norm, bool maximize) {
   const double scale = rho / (norm + 1e-12);
