@@ -20,7 +20,14 @@ from .interrupts import uninterrupted
 from .ops import check_backend
 from .saved import AsSaved, check_and_protect
 from .state import Bucket, Buckets, Selection
-from .validation import DTYPES, check_choice, check_gradients, check_hyperparameters, check_parameter
+from .validation import (
+    BIAS_CORRECTIONS,
+    DTYPES,
+    check_choice,
+    check_gradients,
+    check_hyperparameters,
+    check_parameter,
+)
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
@@ -425,7 +432,7 @@ class Sassha(Optimizer):
             float(group["eps"]),
             float(group["weight_decay"]),
             float(group["hessian_power"]),
-            group["bias_correction"] == "step",
+            BIAS_CORRECTIONS.index(group["bias_correction"]),
             bool(group["maximize"]),
         )
 

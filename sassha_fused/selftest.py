@@ -16,7 +16,7 @@ from . import eager
 from .layout import view_of
 from .ops import Operators, available_backends, operators
 from .state import Bucket, Member
-from .validation import DTYPES
+from .validation import BIAS_CORRECTIONS, DTYPES
 
 # Around the vectors, tiles and blocks of the kernels, and nothing at all.
 SIZES = (0, 1, 7, 16, 33, 63, 64, 65, 255, 1023, 16383, 16385, 70001)
@@ -119,7 +119,7 @@ def _update(hessian: bool, spoilt: bool = False) -> Callable[[_Case, Operators],
             None,
             *HYPERPARAMETERS,
             0.5,
-            True,
+            BIAS_CORRECTIONS.index("step"),
             False,
         )
         return [*bucket.params, bucket.exp_avg, bucket.exp_hessian, bucket.counts, bucket.skipped]

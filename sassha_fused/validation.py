@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BIAS_CORRECTIONS = ("step", "update")
+# The operators take the index of one.
+BIAS_CORRECTIONS = ("step", "update", "none")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -48,7 +48,7 @@ def _inspect_stream(
 @triton.jit(
     do_not_specialize=[
         *("table", "count", "tiles", "given", "rates", "guards", "partial", "steps", "rows", "scalars"),
-        *("lr", "beta1", "beta2", "weight_decay", "step_correction"),
+        *("lr", "beta1", "beta2", "weight_decay", "bias_correction"),
     ]
 )
 def inspect_kernel(
@@ -66,7 +66,7 @@ def inspect_kernel(
     beta1: tl.float64,
     beta2: tl.float64,
     weight_decay: tl.float64,
-    step_correction: tl.int64,
+    bias_correction: tl.int64,
     HESSIAN: tl.constexpr,
     PRODUCT: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -85,7 +85,7 @@ def inspect_kernel(
     rate = double(lr)
     if rates > 0:
         rate = _value_of(tl.load(given), tl.load(given + 1))
-    prepare(steps, rows, scalars, rate, double(beta1), double(beta2), double(weight_decay), step_correction, HESSIAN)
+    prepare(steps, rows, scalars, rate, double(beta1), double(beta2), double(weight_decay), bias_correction, HESSIAN)
     sums = tl.zeros((UNITS * UNIT,), STATE)
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         entry = entry_of(table, count, tile)

@@ -66,7 +66,7 @@ def _update_tile(
 @triton.jit(
     do_not_specialize=[
         *("table", "count", "tiles", "partial", "partials", "steps", "rows", "scalars", "skipped"),
-        *("beta1", "gradient_weight", "beta2", "hessian_weight", "eps", "power", "step_correction"),
+        *("beta1", "gradient_weight", "beta2", "hessian_weight", "eps", "power", "bias_correction"),
     ]
 )
 def update_kernel(
@@ -85,7 +85,7 @@ def update_kernel(
     hessian_weight: tl.float64,
     eps: tl.float64,
     power: tl.float64,
-    step_correction: tl.int64,
+    bias_correction: tl.int64,
     POWER: tl.constexpr,
     HESSIAN: tl.constexpr,
     PRODUCT: tl.constexpr,
@@ -111,7 +111,7 @@ def update_kernel(
     if tl.program_id(0) == 0:
         tl.store(skipped, tl.where(finite, 0, 1))
     if finite:
-        record(table, count, steps, step_correction, HESSIAN)
+        record(table, count, steps, bias_correction, HESSIAN)
         constants = (
             double(beta1),
             double(gradient_weight),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layout import state_dtype
+from ..validation import BIAS_CORRECTIONS
 from .arithmetic import GENERAL, IDENTITY, SQUARE_ROOT
 from .checks import check_like, check_list, check_numbers, check_parts, check_scalar, check_tensor
 from .inspection import inspect_kernel
@@ -41,7 +42,7 @@ def update_(
     eps: float,
     weight_decay: float,
     hessian_power: float,
-    step_correction: bool,
+    bias_correction: int,
     maximize: bool,
 ) -> None:
     r"""One step from :math:`w` = backup; D only where products are given; nothing where a guard is not finite.
@@ -75,6 +76,8 @@ def update_(
     if len(set(rows)) < len(rows):
         raise ValueError(f"rows must be distinct, got {list(rows)}")
     check_scalar("skipped", skipped, torch.int64, device)
+    if bias_correction not in range(len(BIAS_CORRECTIONS)):
+        raise ValueError(f"bias_correction must be the index of one of {BIAS_CORRECTIONS}, got {bias_correction}")
     given = [*([] if lr_tensor is None else [lr_tensor]), *guards]
     for scalar in given:
         check_scalar("lr_tensor" if scalar is lr_tensor else "a guard", scalar, None, device)
@@ -113,7 +116,7 @@ def update_(
         beta1,
         beta2,
         weight_decay,
-        int(step_correction),
+        bias_correction,
         registers=registers_for(dtype),
         **kinds,
     )
@@ -137,7 +140,7 @@ def update_(
         1.0 - beta2,
         eps,
         hessian_power,
-        int(step_correction),
+        bias_correction,
         registers=registers_for(dtype, state=True, general_power=power == GENERAL.value),
         POWER=power,
         **kinds,

@@ -42,6 +42,7 @@ UPDATE_SIZES = f"{UPDATE}[hessian-every size-float32-cuda_emulated]"
 NORM_SIZES = f"{NORM}[False-every size-float32-cuda_emulated]"
 GIVEN = f"{MODES}::test_a_given_norm_that_is_not_finite_moves_no_weight[plain-inf-float32-cuda_emulated]"
 MEASURED = f"{MODES}::test_a_measured_norm_that_is_not_finite_moves_no_weight[plain-nan-float32-cuda_emulated]"
+UNCORRECTED = f"{MODES}::test_an_uncorrected_update_is_the_formula[False-0.5-hessian-float32-cuda_emulated]"
 SIGN_INDICES = f"{SIGNS}::test_signs_from_any_index_on_are_those_of_the_reference"
 SUMS = f"{EMULATION}::test_one_sum_over_a_block_may_follow_another"
 FULL_TABLE = f"{TABLES}::test_more_tensors_than_a_table_holds_go_into_several"
@@ -153,6 +154,15 @@ FAULTS = {
     ),
     "a gap has a row": Fault(
         "update.cu", "if (row < 0) continue;", "", (f"{UPDATE}[lazy-57 tensors-float32-cuda_emulated]",)
+    ),
+    "an uncorrected step is corrected": Fault(
+        "../math/sassha.h", "h.bias_correction != BiasCorrection::kNone", "true", (UNCORRECTED,)
+    ),
+    "an uncorrected Hessian step is counted as published": Fault(
+        "../math/sassha.h",
+        "correction == BiasCorrection::kStep ?",
+        "correction != BiasCorrection::kUpdate ?",
+        (UNCORRECTED,),
     ),
     "a skipped step is counted": Fault("update.cu", "  if (!finite) return;\n", "", (SKIP,)),
     "a skipped step is taken": Fault("update.cu", "  if (!finite) return restore<P>(a);\n", "", (SKIP,)),

@@ -144,7 +144,7 @@ def test_update_changes_every_element_by_the_formula_and_nothing_else(
 @each_dtype
 @each_kind
 @pytest.mark.parametrize("hessian_power", POWERS)
-@pytest.mark.parametrize("bias_correction, maximize", [("step", True), ("update", False)])
+@pytest.mark.parametrize("bias_correction, maximize", [("step", True), ("update", False), ("none", False)])
 def test_update_is_the_formula_in_every_mode(
     dtype: torch.dtype, hessian: bool, hessian_power: float, bias_correction: str, maximize: bool
 ) -> None:

@@ -152,7 +152,7 @@ def test_update_is_the_formula_at_every_power(dtype: torch.dtype, hessian: bool,
 
 @each_dtype
 @each_kind
-@pytest.mark.parametrize("bias_correction, maximize", [("step", True), ("update", False)])
+@pytest.mark.parametrize("bias_correction, maximize", [("step", True), ("update", False), ("none", False)])
 def test_update_is_the_formula_in_every_mode(
     dtype: torch.dtype, hessian: bool, bias_correction: str, maximize: bool
 ) -> None:

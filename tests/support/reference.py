@@ -384,7 +384,8 @@ def formula_update(
 
     t and e are the counters before the step. With c the step size over the denominator, the terms of the new w are
     w (1 - eta lambda), c m and, since m is a sum itself, c beta1 m and c (1 - beta1) g. The sum counts as well: where
-    it passes into the next binade, the nearest float alone is a whole ulp of its terms away.
+    it passes into the next binade, the nearest float alone is a whole ulp of its terms away. With bias_correction
+    "none", c1 = c2 = 1; the counters go on as with "update".
     """
     w, g, m, D = w.double(), g.double(), m.double(), D.double()
     beta1, beta2 = betas
@@ -396,7 +397,8 @@ def formula_update(
     new_D = torch.stack(D_terms).sum(0)
     m_terms = [beta1 * m, (1 - beta1) * (-g if maximize else g)]
     new_m = m_terms[0] + m_terms[1]
-    c = lr / (1 - beta1**t) / ((new_D / (1 - beta2**e)).pow(hessian_power) + eps)
+    c1, c2 = (1, 1) if bias_correction == "none" else (1 - beta1**t, 1 - beta2**e)
+    c = lr / c1 / ((new_D / c2).pow(hessian_power) + eps)
     decayed = w * (1 - lr * weight_decay)
     new_w = decayed - c * new_m
     return Updated(
