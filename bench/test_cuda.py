@@ -78,7 +78,7 @@ def calls(shapes: tuple[Shape, ...], dtype: torch.dtype, backend: str) -> dict[s
 
     def update(found: list[Tensor], check: bool) -> None:
         state = (b.backup, b.exp_avg, b.exp_hessian, b.counts, b.skipped, b.offsets, b.rows)
-        numbers = (1e-4, 0.9, 0.999, 1e-4, 1e-4, 0.5, True, False)
+        numbers = (1e-4, 0.9, 0.999, 1e-4, 1e-4, 0.5, 0, False)
         operators.update_(params, grads, found, *state, [norm], check, None, *numbers)
 
     return {

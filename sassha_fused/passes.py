@@ -117,7 +117,7 @@ def _prepared_update(
         float(group["eps"]),
         float(group["weight_decay"]),
         float(group["hessian_power"]),
-        group["bias_correction"] == "step",
+        BIAS_CORRECTIONS.index(group["bias_correction"]),
         group["maximize"],
     )
     return lambda: bucket.operators.update_(*arguments)

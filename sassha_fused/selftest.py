@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .checks import DTYPES
+from .checks import BIAS_CORRECTIONS, DTYPES
 from .flat import Bucket, Member
 from .layout import view_of
 from .ops import Operators, available_backends, operators
@@ -121,7 +121,7 @@ def _update(hessian: bool, spoilt: bool = False) -> Callable[[_Case, Operators],
             None,
             *HYPERPARAMETERS,
             0.5,
-            True,
+            BIAS_CORRECTIONS.index("step"),
             False,
         )
         return [*bucket.params, bucket.exp_avg, bucket.exp_hessian, bucket.counts, bucket.skipped]

@@ -18,8 +18,8 @@ from tests.support import emulation
 PLAIN = ("-O0",)
 CHECKED = ("-O0", "-fsanitize=undefined", "-fno-sanitize-recover=undefined")
 
-OPERATORS, SIGNS, TABLES, LONG = (
-    f"tests/operators/test_{name}.py" for name in ("operators", "signs", "tables", "long_tensors")
+OPERATORS, SIGNS, TABLES, LONG, MODES = (
+    f"tests/operators/test_{name}.py" for name in ("operators", "signs", "tables", "long_tensors", "modes")
 )
 EMULATION = "tests/machine/test_emulation.py"
 
@@ -40,6 +40,9 @@ PERTURB_SIZES = f"{PERTURB}[every size-float32-cuda_emulated]"
 PERTURB_ALIGNMENTS = f"{PERTURB}[every size at every alignment-float32-cuda_emulated]"
 UPDATE_SIZES = f"{UPDATE}[hessian-every size-float32-cuda_emulated]"
 NORM_SIZES = f"{NORM}[False-every size-float32-cuda_emulated]"
+GIVEN = f"{MODES}::test_a_given_norm_that_is_not_finite_moves_no_weight[plain-inf-float32-cuda_emulated]"
+MEASURED = f"{MODES}::test_a_measured_norm_that_is_not_finite_moves_no_weight[plain-nan-float32-cuda_emulated]"
+UNCORRECTED = f"{MODES}::test_an_uncorrected_update_is_the_formula[False-0.5-hessian-float32-cuda_emulated]"
 SIGN_INDICES = f"{SIGNS}::test_signs_from_any_index_on_are_those_of_the_reference"
 SUMS = f"{EMULATION}::test_one_sum_over_a_block_may_follow_another"
 FULL_TABLE = f"{TABLES}::test_more_tensors_than_a_table_holds_go_into_several"
@@ -123,6 +126,19 @@ FAULTS = {
         "grad_norm.cu", "partial.count += blocks;", "partial.count += blocks - 1;", (NORM_SIZES,)
     ),
     "the measured norm is kept": Fault("perturb.cu", "*a.norm = norm;", "(void)norm;", (f"{FULL_TABLE}[986]",)),
+    "a given norm that is not finite moves the weights": Fault("perturb.cu", "if (!finite) continue;", "", (GIVEN,)),
+    "a norm counts as finite before it is measured": Fault(
+        "perturb.cu",
+        "const bool finite = std::isfinite(norm);",
+        "const bool finite = a.partial_count > 0 || std::isfinite(norm);",
+        (MEASURED,),
+    ),
+    "weights that stay are not saved": Fault(
+        "perturb.cu",
+        "      store<Reuse::kLate>(w, at.length, vectors, backup);\n      if (!finite) continue;\n",
+        "      if (!finite) continue;\n      store<Reuse::kLate>(w, at.length, vectors, backup);\n",
+        (GIVEN,),
+    ),
     # update.cu
     "the guards of further launches are lost": Fault(
         "update.cu", "partial.count += blocks;", "partial.count = blocks;", (GUARDS,)
@@ -138,6 +154,15 @@ FAULTS = {
     ),
     "a gap has a row": Fault(
         "update.cu", "if (row < 0) continue;", "", (f"{UPDATE}[lazy-57 tensors-float32-cuda_emulated]",)
+    ),
+    "an uncorrected step is corrected": Fault(
+        "../math/sassha.h", "h.bias_correction != BiasCorrection::kNone", "true", (UNCORRECTED,)
+    ),
+    "an uncorrected Hessian step is counted as published": Fault(
+        "../math/sassha.h",
+        "correction == BiasCorrection::kStep ?",
+        "correction != BiasCorrection::kUpdate ?",
+        (UNCORRECTED,),
     ),
     "a skipped step is counted": Fault("update.cu", "  if (!finite) return;\n", "", (SKIP,)),
     "a skipped step is taken": Fault("update.cu", "  if (!finite) return restore<P>(a);\n", "", (SKIP,)),

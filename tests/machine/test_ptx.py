@@ -16,7 +16,7 @@ import torch
 ptxrun = pytest.importorskip("ptxrun")
 
 from sassha_fused import ops  # noqa: E402
-from tests import arena, backends, emulation, ptx  # noqa: E402
+from tests.operators.test_modes import check_standstill, spoilt  # noqa: E402
 from tests.operators.test_operators import (  # noqa: E402
     HYPER,
     check_hutchinson,
@@ -34,6 +34,7 @@ from tests.operators.test_operators import (  # noqa: E402
     update,
 )
 from tests.operators.test_signs import BEYOND_32_BITS, KNOWN_WORDS, signs_of  # noqa: E402
+from tests.support import arena, backends, emulation, ptx  # noqa: E402
 from tests.support.backends import operators_of  # noqa: E402
 from tests.support.cases import (  # noqa: E402
     DTYPES,
@@ -143,7 +144,7 @@ def test_update_changes_every_element_by_the_formula_and_nothing_else(
 @each_dtype
 @each_kind
 @pytest.mark.parametrize("hessian_power", POWERS)
-@pytest.mark.parametrize("bias_correction, maximize", [("step", True), ("update", False)])
+@pytest.mark.parametrize("bias_correction, maximize", [("step", True), ("update", False), ("none", False)])
 def test_update_is_the_formula_in_every_mode(
     dtype: torch.dtype, hessian: bool, hessian_power: float, bias_correction: str, maximize: bool
 ) -> None:
@@ -198,6 +199,13 @@ def test_norm_is_exact_to_a_few_ulp_of_float64(dtype: torch.dtype, specs: str, a
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad steps
+
+
+@each_dtype
+@pytest.mark.parametrize("measure", [False, True], ids=["given", "measured"])
+def test_a_norm_that_is_not_finite_moves_no_weight(dtype: torch.dtype, measure: bool) -> None:
+    case = spoilt(make_case(dtype, [*many(20), Spec((3, 4, 5, 5), "channels_last"), Spec((5, 6), "sliced")]), math.inf)
+    check_standstill(NAME, case, math.inf, measure)
 
 
 @each_dtype

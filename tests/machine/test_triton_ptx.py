@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from bench.triton_code import variants  # noqa: E402
 from sassha_fused import ops  # noqa: E402
 from sassha_fused.triton_kernels import table  # noqa: E402
-from tests import arena, backends, triton_ptx  # noqa: E402
+from tests.operators.test_modes import check_standstill, spoilt  # noqa: E402
 from tests.operators.test_operators import (  # noqa: E402
     HYPER,
     check_hutchinson,
@@ -36,6 +36,7 @@ from tests.operators.test_operators import (  # noqa: E402
     update,
 )
 from tests.operators.test_signs import BEYOND_32_BITS, KNOWN_WORDS, signs_of  # noqa: E402
+from tests.support import arena, backends, triton_ptx  # noqa: E402
 from tests.support.backends import operators_of  # noqa: E402
 from tests.support.cases import (  # noqa: E402
     DTYPES,
@@ -151,7 +152,7 @@ def test_update_is_the_formula_at_every_power(dtype: torch.dtype, hessian: bool,
 
 @each_dtype
 @each_kind
-@pytest.mark.parametrize("bias_correction, maximize", [("step", True), ("update", False)])
+@pytest.mark.parametrize("bias_correction, maximize", [("step", True), ("update", False), ("none", False)])
 def test_update_is_the_formula_in_every_mode(
     dtype: torch.dtype, hessian: bool, bias_correction: str, maximize: bool
 ) -> None:
@@ -226,6 +227,13 @@ def test_more_programs_than_are_summed_up_at_a_time_change_nothing(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad steps
+
+
+@each_dtype
+@pytest.mark.parametrize("measure", [False, True], ids=["given", "measured"])
+def test_a_norm_that_is_not_finite_moves_no_weight(dtype: torch.dtype, measure: bool) -> None:
+    case = spoilt(make_case(dtype, [*many(12), Spec((3, 4, 5, 5), "channels_last"), Spec((5, 6), "sliced")]), math.inf)
+    check_standstill(NAME, case, math.inf, measure)
 
 
 @pytest.mark.parametrize("guard_dtype", DTYPES, ids=str)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sassha_fused.checks import BIAS_CORRECTIONS
 from tests.support.backends import (
     BACKENDS,
     BASELINE,
@@ -153,7 +154,7 @@ def run_update(
         hyper["eps"],
         hyper["weight_decay"],
         hyper["hessian_power"],
-        hyper["bias_correction"] == "step",
+        BIAS_CORRECTIONS.index(hyper["bias_correction"]),
         hyper["maximize"],
     )
 

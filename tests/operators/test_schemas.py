@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sassha_fused import eager
+from sassha_fused.checks import BIAS_CORRECTIONS
 from sassha_fused.ops import NAMES
 from tests.support.backends import BACKENDS, marks_of, operators_of
 from tests.support.cases import (
@@ -82,7 +83,7 @@ def arguments_of(name: str, case: Case) -> dict[str, Any]:
             "eps": 1e-4,
             "weight_decay": 0.01,
             "hessian_power": 0.5,
-            "step_correction": True,
+            "bias_correction": 0,
             "maximize": False,
         },
     }[name]
@@ -229,6 +230,14 @@ def negative(indices: Sequence[int]) -> Sequence[int]:
     return [*indices[:-1], -1]
 
 
+def too_large(index: int) -> int:
+    return len(BIAS_CORRECTIONS)
+
+
+def below_zero(index: int) -> int:
+    return -1
+
+
 LENGTHS = (shorter, longer)
 TENSORS = (*LENGTHS, misshapen, transposed, mixed, reinterpreted, doubled)
 FLATS = (truncated, reinterpreted, doubled, with_gaps)
@@ -256,6 +265,7 @@ BAD_ARGUMENTS = [
         ("update_", "guards", (reinterpreted, emptied)),
         ("update_", "offsets", LENGTHS),
         ("update_", "rows", (*LENGTHS, beyond)),
+        ("update_", "bias_correction", (too_large, below_zero)),
     ]
     for change in changes
 ]

@@ -239,7 +239,7 @@ def test_a_launch_that_fails_is_an_error_that_names_the_operator(name: str) -> N
     case = chosen(singles(), range(3))
     operators, number = operators_of("cuda_emulated"), torch.tensor(1)
     norm = torch.ones((), dtype=torch.float64)
-    numbers = (0.1, 0.9, 0.999, 1e-4, 0.0, 0.5, True, False)
+    numbers = (0.1, 0.9, 0.999, 1e-4, 0.0, 0.5, 0, False)
     calls: dict[str, Callable[[], object]] = {
         "grad_norm": lambda: operators.grad_norm(case.grads, [], False),
         "perturb_": lambda: operators.perturb_(

@@ -81,7 +81,7 @@ BAD_HYPERPARAMETERS: list[tuple[str, Any, type[Exception]]] = [
     *[(f"hessian_{name}", 2.0, TypeError) for name in ("interval", "samples", "warmup")],
     *[(f"hessian_{name}", "2", TypeError) for name in ("interval", "samples", "warmup")],
     *[(f"hessian_{name}", True, TypeError) for name in ("interval", "samples", "warmup")],
-    ("bias_correction", "none", ValueError),
+    ("bias_correction", "both", ValueError),
     ("bias_correction", None, ValueError),
     ("adaptive", 1, TypeError),
     ("maximize", "no", TypeError),

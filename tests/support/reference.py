@@ -420,7 +420,8 @@ def formula_update(
 
     t and e are the counters before the step. With c the step size over the denominator, the terms of the new w are
     w (1 - eta lambda), c m and, since m is a sum itself, c beta1 m and c (1 - beta1) g. The sum counts as well: where
-    it passes into the next binade, the nearest float alone is a whole ulp of its terms away.
+    it passes into the next binade, the nearest float alone is a whole ulp of its terms away. With bias_correction
+    "none", c1 = c2 = 1; the counters go on as with "update".
     """
     w, g, m, D = w.double(), g.double(), m.double(), D.double()
     beta1, beta2 = betas
