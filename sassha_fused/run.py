@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from .checks import AcceptedGroups
 from .counts import Counts
 from .flat import FlatState, Groups
 from .hessian_pass import GradientWatch
+from .interrupts import uninterrupted
 
 if TYPE_CHECKING:
     from .step import Step
@@ -42,6 +44,9 @@ class Run:
     watch: GradientWatch | None = None
     others: Sequence[Tensor] = ()
 
+    def __post_init__(self) -> None:
+        self.uninterrupted = uninterrupted(self)
+
     @property
     def perturbed(self) -> bool:
         """Whether the weights are at w'."""
@@ -52,11 +57,13 @@ class Run:
         """Whether this step's batch has been through the network once, at w, and now goes through it at w'."""
         return self.perturbed
 
+    def back_at_w(self) -> AbstractContextManager[None]:
+        """While the handler of a signal runs the weights are w; afterwards they are where they were."""
+        return nullcontext() if self.step is None else self.step.back_at_w()
+
     def is_scheduled(self, groups: Groups) -> bool:
         """Whether the coming step is a Hessian step by the schedule."""
-        steps = self.counts.steps
-        interval: int = groups[0]["hessian_interval"]
-        return steps % interval == 0 or steps < groups[0]["hessian_warmup"]
+        return is_scheduled(groups, self.counts.settle())
 
     def raise_given_up(self, error: BaseException | None = None) -> None:
         """ValueError where somebody has given the step up that was under way."""
@@ -66,3 +73,9 @@ class Run:
                 f"the step under way was given up, its weights put back to w, by {because} between its passes: save "
                 "and copy before perturb() or after step(), or in the handler of a signal"
             ) from error
+
+
+def is_scheduled(groups: Groups, steps: int) -> bool:
+    """Whether the step after this many is a Hessian step by the schedule."""
+    interval: int = groups[0]["hessian_interval"]
+    return steps % interval == 0 or steps < groups[0]["hessian_warmup"]
