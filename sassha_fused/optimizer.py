@@ -301,6 +301,7 @@ class FusedOptimizer(Optimizer):
         if run.step is not None:
             run.step.end()
         run.counts.set(*counts_of(self.param_groups, self.state))
+        self._publish_counts()
         run.flat.forget()
         run.flat.buckets = []
         run.flat.lay_out(self.param_groups, self.state)
