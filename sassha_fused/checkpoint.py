@@ -41,6 +41,11 @@ def check_and_protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[
     return {**state_dict, "state": {key: AsSaved(state) for key, state in state_dict["state"].items()}}
 
 
+def with_plain_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The states as dicts of Python's own, which note no edits and which torch.load reads with weights_only."""
+    return {**state_dict, "state": {key: dict(state) for key, state in state_dict["state"].items()}}
+
+
 def counts_of(groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> tuple[int, int, int]:
     """The optimizer's counts as a state_dict has them; of an older one, which lacks steps, those of its parameters."""
     steps = [group["steps"] for group in groups if "steps" in group]

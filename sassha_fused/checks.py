@@ -30,13 +30,13 @@ def _check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
 
 
-def _check_lr(lr: Any) -> None:
+def _check_lr(lr: Any, wait: bool) -> None:
     if not isinstance(lr, Tensor):
         _check_number("lr", lr)
         return
     if lr.numel() != 1 or not lr.is_floating_point():
         raise ValueError(f"lr, if a tensor, must be one floating-point element, got {lr!r}")
-    if not 0.0 <= float(lr) < math.inf:
+    if wait and not 0.0 <= float(lr) < math.inf:
         raise ValueError(f"lr must be finite and >= 0, got {lr!r}")
 
 
@@ -60,9 +60,9 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_hyperparameters(group: dict[str, Any]) -> None:
-    """Checks every hyperparameter of one parameter group."""
-    _check_lr(group["lr"])
+def check_hyperparameters(group: dict[str, Any], wait: bool = True) -> None:
+    """Checks every hyperparameter of one parameter group; the value of a tensor, on its device, only if it may wait."""
+    _check_lr(group["lr"], wait)
     for name in ("eps", "weight_decay", "rho"):
         _check_number(name, group[name])
     _check_betas(group["betas"])
@@ -79,10 +79,10 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
             raise TypeError(f"{name} must be a bool, got {group[name]!r}")
 
 
-def check_groups(groups: Sequence[dict[str, Any]]) -> None:
+def check_groups(groups: Sequence[dict[str, Any]], wait: bool = True) -> None:
     """Checks every hyperparameter of all groups, and that they share what belongs to the optimizer."""
     for group in groups:
-        check_hyperparameters(group)
+        check_hyperparameters(group, wait)
         for name in SHARED:
             if group[name] != groups[0][name]:
                 raise ValueError(
@@ -115,7 +115,7 @@ class AcceptedGroups:
 
     def accept(self, groups: Sequence[dict[str, Any]], has_state: bool) -> None:
         """Accepts the groups as they are; raises TypeError or ValueError, and accepts nothing, where one is wrong."""
-        check_groups(groups)
+        check_groups(groups, wait=False)
         corrections = [group["bias_correction"] for group in groups]
         if has_state:
             check_same_corrections(self._corrections, corrections)

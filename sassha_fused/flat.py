@@ -46,7 +46,6 @@ class Bucket:
         skipped: int64 ``[1]``, 1 where the last update skipped a non-finite step.
         evaluation: int64, the index of the Hessian evaluation under way.
         without_hessian: the rows of the parameters that have never had a Hessian.
-        everything: all of them, as a selection without gradients.
     """
 
     def __init__(
@@ -72,9 +71,13 @@ class Bucket:
                     view.copy_(torch.as_tensor(state[name]))
         rows = list(range(len(members)))
         self.without_hessian = set(rows)
-        self.everything = Selection(
-            self, group, self.params, (), self.offsets, rows, [member.index for member in members]
-        )
+        self._group, self._rows, self._indices = group, rows, [member.index for member in members]
+
+    # Not kept: a cycle would have the buffers wait for the garbage collector.
+    @property
+    def everything(self) -> Selection:
+        """All parameters, as a selection without gradients."""
+        return Selection(self, self._group, self.params, (), self.offsets, self._rows, self._indices)
 
     def state_of(self, row: int) -> dict[str, Tensor]:
         """One parameter's state, as views of the buffers."""

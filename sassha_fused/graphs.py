@@ -47,7 +47,7 @@ class _RecordedStep(Step):
         self.taken: StepTaken | None = None
 
     def expect_hessian(self) -> None:
-        self.curvature = _RecordedCurvature(self._run, self, self._moved)
+        self.curvature = _RecordedCurvature(self._run, self.groups, self._moved)
 
     def count(self, taken: StepTaken) -> None:
         self.taken = taken

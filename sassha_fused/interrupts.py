@@ -48,7 +48,7 @@ class uninterrupted:
     """
 
     def __init__(self, weights: Weights) -> None:
-        self._weights = weights
+        self._weights = weakref.ref(weights)  # which owns this
 
     def __enter__(self) -> None:
         self._arrived: dict[int, FrameType | None] = {}
@@ -67,7 +67,8 @@ class uninterrupted:
         handlers = {number: _waiting.get(number, h) if h is _handle_at_w else h for number, h in self._handlers.items()}
         own = {number: h for number, h in handlers.items() if h is not signal.default_int_handler}
         if own or _away:
-            (_away.add if self._weights.perturbed else _away.discard)(self._weights)
+            weights: Any = self._weights()
+            (_away.add if weights.perturbed else _away.discard)(weights)
             if _away:
                 _waiting.update(own)
                 handlers.update(dict.fromkeys(own, _handle_at_w))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .checkpoint import AsSaved, check_and_protect, counts_of
+from .checkpoint import AsSaved, check_and_protect, counts_of, with_plain_states
 from .checks import check_choice, check_groups, check_parameter, is_single, refuse_grad_scaler
 from .closures import refuse_accumulated, walk
 from .curvature.check import check_products
@@ -238,9 +238,12 @@ class FusedOptimizer(Optimizer):
         """
         self._leave_step("state_dict()")
         self._publish_counts()
-        packed = super().state_dict()
-        packed["state"] = {key: dict(state) for key, state in packed["state"].items()}
-        return packed
+        # Registered first, so that the user's hooks see what torch.load reads with weights_only.
+        handle = self.register_state_dict_post_hook(with_plain_states, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def _leave_step(self, because: str) -> None:
         """Where state is asked for between the passes, that is of w."""
@@ -276,6 +279,7 @@ class FusedOptimizer(Optimizer):
         finally:
             handle.remove()
 
+    @torch.no_grad()
     def __getstate__(self) -> dict[str, Any]:
         self._leave_step("a copy of the optimizer")
         self._publish_counts()
@@ -298,6 +302,7 @@ class FusedOptimizer(Optimizer):
         if run.step is not None:
             run.step.end()
         run.counts.set(*counts_of(self.param_groups, self.state))
+        self._publish_counts()
         run.flat.forget()
         run.flat.buckets = []
         run.flat.lay_out(self.param_groups, self.state)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from operator import attrgetter, is_
 from typing import Any
 
@@ -34,7 +36,9 @@ class Step:
     """
 
     def __init__(self, run: Run, groups: Groups, states: States) -> None:
-        self._run, self.groups, self._states = run, groups, states
+        # Weakly: run owns the step, and an optimizer that is dropped at w' takes its step along.
+        self._run: Run = weakref.proxy(run)
+        self.groups, self._states = groups, states
         self._check_groups()
         self._single = run.accepted.single
         self.perturbed = False
@@ -63,12 +67,12 @@ class Step:
 
     def expect_hessian(self) -> None:
         """The coming pass is that of a Hessian step."""
-        self.curvature = Curvature(self._run, self, self._moved)
+        self.curvature = Curvature(self._run, self.groups, self._moved)
 
     def gradients(self) -> AbstractContextManager[None]:
         """What a pass of the network runs in, so that its gradients are those that this step needs."""
         if self.curvature is not None:
-            return building_graphs(self.curvature.around_backward)
+            return building_graphs(partial(self.curvature.around_backward, self))
         return set_aside(self._run.others) if self.perturbed else nullcontext()
 
     def arrive(self) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .. import passes
-from ..flat import Selection, with_gradients
+from ..flat import Groups, Selection, with_gradients
 from ..gradients import detach, name_of, of_groups
 from ..hessian_pass import (
     NO_GRAPH,
@@ -48,22 +48,22 @@ class Curvature:
             none where the only parameters that asked for this Hessian step had no second gradient.
     """
 
-    def __init__(self, run: Run, step: Step, of: Sequence[Selection]) -> None:
-        self._run, self._step, self.of = run, step, of
+    def __init__(self, run: Run, groups: Groups, of: Sequence[Selection]) -> None:
+        self._run, self._groups, self.of = run, groups, of
         self.products: passes.Products = ()
         self._took_part: Sequence[Selection] = ()
         self._taken = False
         self._watch, run.watch = run.watch, None
         if self._watch is None and SOURCES[run.hvp].needs_graph:
-            self._watch = GradientWatch(param for param in of_groups(step.groups) if param.requires_grad)
+            self._watch = GradientWatch(param for param in of_groups(groups) if param.requires_grad)
 
     @contextmanager
-    def around_backward(self, loss: Tensor) -> Iterator[None]:
+    def around_backward(self, step: Step, loss: Tensor) -> Iterator[None]:
         """Keeps the graph from the gradients of parameters that no step under way is about."""
         nodes = nodes_of([loss])
-        about = _about({self._step, *under_way})
+        about = _about({step, *under_way})
         self._run.others = [leaf for leaf in leaves_of(nodes) if leaf not in about]
-        with warning_of_constants(nodes), set_aside(self._run.others) if self._step.perturbed else nullcontext():
+        with warning_of_constants(nodes), set_aside(self._run.others) if step.perturbed else nullcontext():
             yield
         detach(self._run.others)
 
@@ -86,11 +86,11 @@ class Curvature:
         """
         selections = with_gradients(self.of)
         products: passes.Products = ()
-        if self._run.is_scheduled(self._step.groups) or any(s.lacks_hessian() for s in selections):
+        if self._run.is_scheduled(self._groups) or any(s.lacks_hessian() for s in selections):
             if SOURCES[self._run.hvp].needs_graph:
                 self._refuse_lost_graphs(selections)
             self.number_evaluation()
-            first = self._step.groups[0]
+            first = self._groups[0]
             with passes.explained(selections), twice_differentiable():
                 products = estimate(
                     SOURCES[self._run.hvp], selections, first["hessian_samples"], first["seed"], keep_graph
@@ -125,7 +125,7 @@ class Curvature:
                 fault = None if grad.requires_grad else "carries no graph, while others do"
             if fault is not None:
                 raise ValueError(
-                    f"this is a Hessian step, and the gradient of {name_of(param, self._step.groups)} {fault}. Its "
+                    f"this is a Hessian step, and the gradient of {name_of(param, self._groups)} {fault}. Its "
                     "curvature would be taken for 0. Within opt.hessian_pass() every backward builds a graph"
                 )
 
