@@ -266,4 +266,5 @@ class Step:
             return
         updated = {param for selection in selections for param in selection.params}
         for selection in self._moved:
-            self.put_back([selection.at([i for i, p in enumerate(selection.params) if p not in updated])])
+            if others := [i for i, p in enumerate(selection.params) if p not in updated]:
+                self.put_back([selection.at(others)])
