@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -77,6 +80,24 @@ def continued(problem: Problem, state: dict[str, Any], **options: Any) -> Proble
 def undisturbed(kind: type[Problem], backend: str, count: int) -> dict[str, Any]:
     """The snapshot after some steps that nothing disturbs; read it only."""
     return kind(backend).train(count).snapshot()
+
+
+@contextmanager
+def refused(problem: Problem, error: type[Exception], match: str) -> Iterator[None]:
+    """The block raises, and leaves no trace: not in weights, state, groups or counts, nor in the steps after it."""
+    backend = problem.opt._run.flat.backend
+    expected = [undisturbed(type(problem), backend, problem.steps + more) for more in (0, 4)]
+    assert_same(problem.snapshot(), expected[0])
+    with pytest.raises(error, match=match):
+        yield
+    assert not problem.opt.perturbed
+    assert_same(problem.snapshot(), expected[0])
+    assert_same(problem.train(4).snapshot(), expected[1])
+
+
+def naming(name: str, value: Any) -> str:
+    """A message that has the argument's name, and later its value."""
+    return rf"(?s){name}\b.*{re.escape(repr(value))}"
 
 
 def parameter(*values: float, dtype: torch.dtype = torch.float32) -> nn.Parameter:
