@@ -34,8 +34,6 @@ both_backends = pytest.mark.parametrize("backend", BACKENDS)
         {"eps": 0.5},
         {"weight_decay": 0.3},
         {"hessian_power": 1.0},
-        {"hessian_interval": 2},
-        {"hessian_warmup": 3},
         {"bias_correction": "update"},
         {"maximize": True},
     ],

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,8 +90,11 @@ def test_a_bad_group_added_later_changes_nothing(name: str, value: Any, error: t
         problem.opt.add_param_group({"params": [parameter(1.0)], name: value})
 
 
-@pytest.mark.parametrize("name, value", [("seed", 5), ("hessian_samples", 4)])
-def test_what_the_random_signs_share_cannot_differ_between_groups(name: str, value: int) -> None:
+SHARED = [("hessian_interval", 2), ("hessian_warmup", 3), ("hessian_samples", 4), ("seed", 5)]
+
+
+@pytest.mark.parametrize("name, value", SHARED)
+def test_the_schedule_and_the_random_signs_cannot_differ_between_groups(name: str, value: int) -> None:
     problem = Problem().train(2)
     with refused(problem, ValueError, naming(name, value)):
         problem.opt.add_param_group({"params": [parameter(1.0)], name: value})
@@ -104,6 +108,10 @@ def test_what_the_random_signs_share_cannot_differ_between_groups(name: str, val
         ("lr", torch.tensor(0.1)),
         ("betas", (0.0, 0.0)),
         ("betas", [0.9, 0.99]),
+        ("betas", [np.float32(0.9), np.float64(0.99)]),
+        ("lr", np.float32(0.1)),
+        ("hessian_interval", np.int64(2)),
+        ("bias_correction", "none"),
         ("hessian_power", 1),
         ("hessian_interval", 1),
         ("seed", 2**63 - 1),

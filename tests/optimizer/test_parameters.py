@@ -16,6 +16,7 @@ from tests.support.problems import (
     parameter,
     refused,
     single_threaded,
+    undisturbed,
     weights,
 )
 
@@ -40,8 +41,6 @@ def test_a_single_tensor_is_refused() -> None:
 
 BAD_PARAMETERS = {
     "complex": (lambda: nn.Parameter(torch.ones(2, dtype=torch.complex64)), r"complex.*torch\.complex64"),
-    "integer": (lambda: torch.ones(2, dtype=torch.int32), r"dtype.*torch\.int32"),
-    "bool": (lambda: torch.ones(2, dtype=torch.bool), r"dtype.*torch\.bool"),
     "float8": (lambda: nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn)), r"dtype.*float8_e4m3fn"),
     "sparse": (lambda: nn.Parameter(torch.ones(2).to_sparse()), r"sparse.*torch\.sparse_coo"),
     "no leaf": (lambda: parameter(1.0) * 2, "leaf"),
@@ -56,6 +55,17 @@ def test_parameters_without_a_method_are_refused_at_once(kind: str) -> None:
     problem = Problem().train(2)
     with refused(problem, ValueError, message):
         problem.opt.add_param_group({"params": [make()]})
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_frozen_parameters_may_have_any_dtype(dtype: torch.dtype) -> None:
+    problem = Problem()
+    frozen = [torch.ones(2).to(dtype) for _ in range(2)]
+    problem.opt.add_param_group({"params": [frozen[0]]})
+    problem.opt.add_param_group({"params": [nn.Parameter(frozen[1], requires_grad=False)]})
+    assert_same(weights(problem.train(4).params), undisturbed(Problem, "cpu", 4)["weights"])
+    assert_same(frozen, [torch.ones(2).to(dtype)] * 2)
+    assert len(problem.opt.state) == len(problem.params)
 
 
 def test_a_parameter_in_two_groups_is_refused() -> None:
@@ -169,7 +179,7 @@ def test_a_part_of_a_model_may_be_converted_between_steps(backend: str) -> None:
 @pytest.mark.parametrize("perturbed", [True, False])
 def test_a_part_of_a_model_may_be_converted_while_the_rest_is_frozen(backend: str, perturbed: bool) -> None:
     large, small = parameter(*range(1, 9), dtype=torch.float32), parameter(1.0, 2.0, dtype=torch.float32)
-    opt = Sassha([large, small], lr=0.01, backend=backend)
+    opt = Sassha([large, small], lr=0.01, rho=0.2 if perturbed else 0.0, backend=backend)
 
     def loss() -> Tensor:
         return (large**4).sum() + (small**4).sum()
@@ -183,9 +193,9 @@ def test_a_part_of_a_model_may_be_converted_while_the_rest_is_frozen(backend: st
         backward(loss(), create_graph=opt.hessian_due)
         if perturbed:
             opt.perturb()
+            backward(loss(), create_graph=opt.hessian_due)
             opt.restore()
             assert_same(weights([small]), before)
-            backward(loss(), create_graph=opt.hessian_due)
         opt.step()
         assert int(opt.state[small]["step"]) == steps
         assert opt.state[small]["exp_avg"].dtype == torch.float64

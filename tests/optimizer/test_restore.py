@@ -67,6 +67,7 @@ def test_a_closure_step_after_perturb_starts_from_the_restored_weights(
     problem.perturb()
     if second_pass:
         backward(problem.loss(), create_graph=problem.opt.hessian_due)
+    problem.opt.zero_grad()
     assert_same(problem.train(4).snapshot(), undisturbed(Problem, backend, steps + 4))
 
 

@@ -126,7 +126,7 @@ def standard_style(opt: Sassha, loss: Callable[[], Tensor]) -> Tensor:
 
     def closure() -> Tensor:
         value = loss()
-        backward(value, create_graph=opt.hessian_due)
+        value.backward()
         return value
 
     return opt.step(closure)
