@@ -99,10 +99,13 @@ def test_gradients_from_elsewhere_are_not_dropped_but_refused(backend: str, styl
     for steps in range(3):
         problem.step(style)
         before = weights(problem.params)
+        problem.opt.zero_grad()
         (100 * problem.loss()).backward()
+        gradients = [param.grad.clone() for param in problem.params]
         with pytest.raises(ValueError, match=r"(?s)gradients that it would drop.*zero_grad\(\)"):
             problem.step(style)
         assert problem.steps == steps + 1
         assert_same(weights(problem.params), before)
+        assert_same([param.grad for param in problem.params], gradients)
         problem.opt.zero_grad()
     assert_same(problem.snapshot(), undisturbed(Problem, backend, 3))
