@@ -7,13 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sassha_fused import Sassha, available_backends, eager, ops
-from tests.support.problems import (
-    Problem,
-    assert_same,
-    naming,
-    parameter,
-    single_threaded,
-)
+from tests.support.problems import Problem, assert_same, naming, parameter, single_threaded
 
 one_thread = pytest.fixture(autouse=True)(single_threaded)
 

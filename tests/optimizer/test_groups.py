@@ -8,14 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sassha_fused import Sassha
-from tests.support.problems import (
-    BACKENDS,
-    Problem,
-    assert_same,
-    parameter,
-    single_threaded,
-    weights,
-)
+from tests.support.problems import BACKENDS, Problem, assert_same, parameter, single_threaded, weights
 
 one_thread = pytest.fixture(autouse=True)(single_threaded)
 both_backends = pytest.mark.parametrize("backend", BACKENDS)

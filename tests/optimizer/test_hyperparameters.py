@@ -8,15 +8,7 @@ import pytest
 import torch
 
 from sassha_fused import Sassha
-from tests.support.problems import (
-    Problem,
-    assert_differ,
-    naming,
-    parameter,
-    refused,
-    single_threaded,
-    weights,
-)
+from tests.support.problems import Problem, assert_differ, naming, parameter, refused, single_threaded, weights
 
 one_thread = pytest.fixture(autouse=True)(single_threaded)
 NAN, INF = math.nan, math.inf

@@ -5,13 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from sassha_fused import Sassha
-from tests.support.problems import (
-    BACKENDS,
-    Problem,
-    backward,
-    parameter,
-    single_threaded,
-)
+from tests.support.problems import BACKENDS, Problem, backward, parameter, single_threaded
 from tests.support.reference import signs
 
 one_thread = pytest.fixture(autouse=True)(single_threaded)
@@ -35,6 +29,18 @@ def test_hessian_due_says_at_every_point_whether_a_graph_is_needed(backend: str)
         assert (opt.hessian_due, opt.perturbed) == (due, False)
         opt.step()
         problem.steps += 1
+
+
+def test_reading_hessian_due_installs_nothing() -> None:
+    problem = Problem()
+    for _ in range(4):
+        assert problem.opt.hessian_due == (problem.steps % 3 == 0)
+        problem.loss().backward()
+        assert problem.opt.hessian_due == (problem.steps % 3 == 0)
+        assert not any(param._backward_hooks for param in problem.params)
+        problem.opt.zero_grad()
+        problem.step()
+        assert not any(param._backward_hooks for param in problem.params)
 
 
 @both_backends

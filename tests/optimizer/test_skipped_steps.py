@@ -149,18 +149,13 @@ def test_a_learning_rate_tensor_into_which_what_is_not_finite_is_written_skips_t
     lr = problem.opt.param_groups[-1]["lr"] = torch.tensor([0.01])
     problem.step()
     before = weights(problem.params)
-    lr.fill_(value)  # on a device, where reading it would mean waiting
+    lr.fill_(value)  # the host does not look: on a device it would have to wait
     problem.step()
     assert_same(weights(problem.params), before)
     assert problem.opt.skipped_steps == 1
     lr.fill_(0.01)
     problem.step()
     assert problem.opt.skipped_steps == 1
-    problem.opt.param_groups[-1]["lr"] = torch.tensor([value])
-    before = weights(problem.params)
-    with pytest.raises(ValueError, match="lr must be finite"):
-        problem.step()
-    assert_same(weights(problem.params), before)
 
 
 def without_skips(snapshot: dict[str, Any]) -> dict[str, Any]:

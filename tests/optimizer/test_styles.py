@@ -8,15 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.problems import (
-    BACKENDS,
-    STYLES,
-    Problem,
-    assert_same,
-    backward,
-    single_threaded,
-    undisturbed,
-)
+from tests.support.problems import BACKENDS, STYLES, Problem, assert_same, backward, single_threaded, undisturbed
 
 one_thread = pytest.fixture(autouse=True)(single_threaded)
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
