@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -92,29 +92,38 @@ def check_groups(groups: Sequence[dict[str, Any]]) -> None:
 
 
 _NUMBERS = ("lr", "eps", "weight_decay", "rho", "hessian_power")
-_values = itemgetter(*_NUMBERS, "betas", "adaptive", "maximize", "bias_correction", *SHARED)
+values_of = itemgetter(*_NUMBERS, "betas", "adaptive", "maximize", "bias_correction", *SHARED)
+
+
+def is_single(groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether a step has but one pass: w' is w where rho is 0 in every group."""
+    return not any(group["rho"] > 0 for group in groups)
 
 
 class AcceptedGroups:
-    """Checks the groups wherever somebody, a scheduler for one, has edited them since they were last accepted."""
+    """The groups as they were when they were last checked.
+
+    Attributes:
+        values: their hyperparameters; whoever edits a group, a scheduler for one, puts another object there.
+        single: whether a step has but one pass.
+    """
 
     def __init__(self) -> None:
-        self._values: list[Any] = []
+        self.values: list[Any] = []
+        self.single = False
         self._corrections: list[str] = []
 
-    def check(self, groups: Sequence[dict[str, Any]], has_state: bool) -> None:
+    def accept(self, groups: Sequence[dict[str, Any]], has_state: bool) -> None:
         """Accepts the groups as they are; raises TypeError or ValueError, and accepts nothing, where one is wrong."""
-        values = [value for group in groups for value in _values(group)]
-        if len(values) == len(self._values) and all(map(is_, values, self._values)):
-            return
         check_groups(groups)
         corrections = [group["bias_correction"] for group in groups]
         if has_state:
             check_same_corrections(self._corrections, corrections)
         for group in groups:
             _in_own_types(group)
-        self._values = [value for group in groups for value in _values(group)]
+        self.values = [value for group in groups for value in values_of(group)]
         self._corrections = corrections
+        self.single = is_single(groups)
 
 
 def check_same_corrections(before: Sequence[str], now: Sequence[str]) -> None:
@@ -162,3 +171,13 @@ def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
             expected, got = getattr(param, name), getattr(grad, name)
             if got != expected:
                 raise ValueError(f"{where} has {name} {got} instead of the parameter's {expected}")
+
+
+def refuse_grad_scaler(optimizer: object) -> None:
+    """ValueError, after taking off the optimizer what a GradScaler leaves there and takes away if no error comes."""
+    for name in ("grad_scale", "found_inf"):
+        vars(optimizer).pop(name, None)
+    raise ValueError(
+        "GradScaler is not supported yet: its scale would stay in the Hessian. Use bfloat16 autocast, which needs no "
+        "scaler, or GradScaler(enabled=False)"
+    )
