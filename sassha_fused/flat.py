@@ -196,10 +196,14 @@ class FlatState:
 
         settle brings the host's counts up to date, which may wait for the device: done only where they are needed.
         """
-        if self.is_outdated(groups, states):
+        outdated = self.is_outdated(groups, states)
+        selections = [] if outdated else with_gradients([bucket.everything for bucket in self.buckets])
+        # The operators find what does not go with the first of their parameters, but not that this one has changed.
+        if outdated or not all(selection.bucket.is_current(selection.rows[0]) for selection in selections):
             settle()
             self.lay_out(groups, states)
-        return with_gradients([bucket.everything for bucket in self.buckets])
+            selections = with_gradients([bucket.everything for bucket in self.buckets])
+        return selections
 
     def is_outdated(self, groups: Groups, states: States) -> bool:
         """Whether a parameter waits for its state, or someone has edited the groups, their parameters or the states."""

@@ -143,12 +143,15 @@ class FusedOptimizer(Optimizer):
                 run.step.give_up()
             params = of_groups(self.param_groups)
             refuse_accumulated(params)
-            return walk(Step(run, self.param_groups, self.state), closure, params)
+            step = Step(run, self.param_groups, self.state)
+            try:
+                return walk(step, closure, params)
+            except BaseException:
+                self.zero_grad()  # lets go of a graph that the interrupted pass may have left
+                raise
         except BaseException as error:
             if run.step is not None:
                 run.step.give_up()
-            if closure is not None:
-                self.zero_grad()  # lets go of a graph that the interrupted pass may have left
             if isinstance(error, RuntimeError):  # torch's, where the closure has given the step up under its own feet
                 run.raise_given_up(error)
             raise

@@ -326,7 +326,7 @@ def test_7_a_parameter_outside_the_loss_does_not_break_the_hessian_step(backend:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8 (the exact errors of sparse gradients and complex parameters: test_bad_input.py; of all closures: test_styles.py)
+# 8 (the exact errors: test_gradients.py and test_parameters.py; more closures: test_closures.py)
 
 
 @both_backends
