@@ -16,7 +16,7 @@ import torch
 ptxrun = pytest.importorskip("ptxrun")
 
 from sassha_fused import ops  # noqa: E402
-from tests import arena, backends, emulation, ptx  # noqa: E402
+from tests.support import arena, backends, emulation, ptx  # noqa: E402
 from tests.operators.test_operators import (  # noqa: E402
     HYPER,
     check_hutchinson,

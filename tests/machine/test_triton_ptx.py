@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from bench.triton_code import variants  # noqa: E402
 from sassha_fused import ops  # noqa: E402
 from sassha_fused.triton_kernels import table  # noqa: E402
-from tests import arena, backends, triton_ptx  # noqa: E402
+from tests.support import arena, backends, triton_ptx  # noqa: E402
 from tests.operators.test_operators import (  # noqa: E402
     HYPER,
     check_hutchinson,
