@@ -20,14 +20,13 @@ pytest.importorskip("triton")
 from examples.mnist.model import resnet
 from sassha_fused import Sassha, available_backends, ops, triton_kernels
 from sassha_fused.triton_kernels import table
-from tests.operators.test_operators import HYPER, check_perturb, check_update, run_rademacher, run_update
 from tests.support.backends import BACKENDS, marks_of, operators_of
+from tests.support.calls import HYPER, run, run_rademacher, run_update
 from tests.support.cases import Spec, assert_same_bits, assert_same_case, each_dtype, make_case
+from tests.support.checks import check_perturb, check_update
 from tests.support.emulation import ROOT
-from tests.support.problems import single_threaded
 from tests.support.reference import signs, ulp
 
-one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
 on_the_cpu = pytest.mark.skipif(BACKENDS["triton"] != "cpu", reason="Triton is not interpreted here")
 
 
@@ -247,29 +246,9 @@ def test_the_default_device_does_not_matter(default: str) -> None:
     case = make_case(torch.float32, [Spec((5,)), Spec((300,), shift=1)])
     with torch.device(default):
         on = case.to("cpu")
-        operators_of("triton").perturb_(
-            on.params,
-            on.grads,
-            on.backup,
-            on.offsets,
-            on.exp_avg.new_ones((), dtype=torch.float64),
-            True,
-            0.2,
-            False,
-            False,
-        )
+        run("triton", "perturb_", on, norm=on.exp_avg.new_ones((), dtype=torch.float64), measure=True)
     expected = case.to("cpu")
-    operators_of("cpu").perturb_(
-        expected.params,
-        expected.grads,
-        expected.backup,
-        expected.offsets,
-        torch.ones((), dtype=torch.float64),
-        True,
-        0.2,
-        False,
-        False,
-    )
+    run("cpu", "perturb_", expected, norm=torch.ones((), dtype=torch.float64), measure=True)
     assert_same_case(on, expected)
 
 

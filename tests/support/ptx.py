@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,17 +26,12 @@ BUILD = emulation.ROOT / "build" / "ptx"
 ARCHITECTURE = "compute_90"
 # Those of setup.py that change what is computed.
 FLAGS = ("-std=c++17", "-O3", "-fmad=false")
+# Of the emulated device: so few blocks that their loops over what is left of a table come round several times.
+MULTIPROCESSORS = 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From source to kernels
-
-
-def nvcc() -> str | None:
-    """CUDA's compiler, looked for where setup.py looks."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
-    return next(filter(None, map(shutil.which, places)), None)
 
 
 def _run(*command: str) -> str:
@@ -48,7 +42,7 @@ def _run(*command: str) -> str:
 
 def build(csrc: Path = emulation.ROOT / "csrc", architecture: str = ARCHITECTURE) -> list[Path]:
     """The PTX of every file in csrc/cuda; what was compiled before, from the same headers, is not compiled again."""
-    compiler = nvcc()
+    compiler = emulation.nvcc()
     assert compiler is not None, "nvcc was not found"
     BUILD.mkdir(parents=True, exist_ok=True)
     command = (compiler, "-ptx", *FLAGS, f"-arch={architecture}", "-ccbin", emulation.compiler().split()[0])
@@ -98,7 +92,8 @@ class Backend:
         operator = getattr(torch.ops.sassha_fused_emulated, name).default
         named = {declared.name: value for declared, value in zip(operator._schema.arguments, arguments)}
         with arena.on_device(named) as (memory, on_device):
-            with emulation.intercepted(functools.partial(self._launch, memory)), arena.OnDevice(memory):
+            launches = emulation.intercepted(functools.partial(self._launch, memory))
+            with emulation.device(MULTIPROCESSORS, 1), launches, arena.OnDevice(memory):
                 # Straight to the kernel, or the mode would see the operator itself and not what it calls.
                 result = operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *on_device)
             return None if result is None else result.clone()

@@ -38,6 +38,8 @@ from tests.support import arena
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = "sm_90"
 WARP_SIZE = 32
+# So few that each program has several tiles of the longer lists.
+MULTIPROCESSORS = 8
 
 _GPU = torch.device("cuda")
 # The modules that start kernels, or ask how.
@@ -139,7 +141,7 @@ class Backend:
     every tensor, a misaligned access or a barrier that not all threads reach raises ptxrun.PtxError.
     """
 
-    multiprocessors: int
+    multiprocessors: int = MULTIPROCESSORS
     runs: list[arena.Run] = field(default_factory=list)
 
     def operators(self) -> Operators:
