@@ -8,7 +8,7 @@ from torch import Tensor
 from bench.budgets import LAZY_BYTES_READ
 from bench.shapes import Shape
 from sassha_fused import Sassha
-from sassha_fused.hvp import SOURCES, HessianSource
+from sassha_fused.curvature.exact import SOURCES, HessianSource
 from tests.support.reference import ReferenceSassha
 
 LAZY, HESSIAN = "lazy step", "Hessian step"

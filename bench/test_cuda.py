@@ -19,8 +19,8 @@ from bench.interleave import interleaved, replay, replayed_seconds, spread
 from bench.passes import bytes_read, bytes_written, passes
 from bench.shapes import MODELS, Shape
 from sassha_fused import Sassha, available_backends
-from sassha_fused.hvp import SOURCES, HessianSource
-from sassha_fused.state import Bucket, Member
+from sassha_fused.curvature.exact import SOURCES, HessianSource
+from sassha_fused.flat import Bucket, Member
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -68,7 +68,7 @@ def calls(shapes: tuple[Shape, ...], dtype: torch.dtype, backend: str) -> dict[s
     for param in params:
         members.append(Member(param, index))
         index += param.numel()
-    b = Bucket(members, [{} for _ in members], [0 for _ in members], backend)
+    b = Bucket({}, members, [{} for _ in members], backend)
     norm = torch.ones((), dtype=torch.float64, device="cuda")
     estimate = torch.zeros_like(b.exp_hessian)
     operators = b.operators
@@ -78,7 +78,7 @@ def calls(shapes: tuple[Shape, ...], dtype: torch.dtype, backend: str) -> dict[s
 
     def update(found: list[Tensor], check: bool) -> None:
         state = (b.backup, b.exp_avg, b.exp_hessian, b.counts, b.skipped, b.offsets, b.rows)
-        numbers = (1e-4, 0.9, 0.999, 1e-4, 1e-4, 0.5, True, False)
+        numbers = (1e-4, 0.9, 0.999, 1e-4, 1e-4, 0.5, 0, False)
         operators.update_(params, grads, found, *state, [norm], check, None, *numbers)
 
     return {

@@ -111,10 +111,10 @@ def compile_variant(variant: Variant, target: str, folder: Path) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sassha_fused.triton_kernels import hutchinson, norm, perturb, rademacher, update
+    from sassha_fused.triton_kernels import hutchinson, inspection, norm, perturb, rademacher, step
     from sassha_fused.triton_kernels.launch import options_for
 
-    modules = (norm, perturb, rademacher, hutchinson, update)
+    modules = (norm, perturb, rademacher, hutchinson, inspection, step)
     kernel = next(getattr(module, variant.kernel) for module in modules if hasattr(module, variant.kernel))
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)

@@ -1,6 +1,7 @@
 // What every backend checks of an operator's arguments before it computes anything.
 #pragma once
 
+#include "math/sassha.h"
 #include "tensor_list.h"
 
 namespace sassha {
@@ -56,6 +57,11 @@ inline void check_hutchinson(const TensorList& products, const Tensor& estimate,
   if (products.empty()) return;
   check_contiguous(estimate, "estimate");
   check_dtype(estimate, state_dtype(products.dtype()), "estimate");
+}
+
+inline BiasCorrection bias_correction_of(int64_t index) {
+  STD_TORCH_CHECK(index >= 0 && index <= 2, "bias_correction must be 0, 1 or 2, got ", index);
+  return static_cast<BiasCorrection>(index);
 }
 
 inline void check_update(const TensorList& params, const TensorList& grads, const TensorList& products,

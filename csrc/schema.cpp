@@ -14,6 +14,7 @@ SASSHA_LIBRARY(SASSHA_NAMESPACE, m) {
 
   // backup <- w;  w <- w + eps*,  eps* = rho g / (norm + 1e-12), times w^2 if adaptive, negated if maximize. norm is a
   // 0-d float64 tensor: that of all gradients, or if measure that of grads, which is worked out first and put there.
+  // Where it is not finite, w stays as it is: a forward pass at weights that are NaN would ruin batch-norm statistics.
   m.def(
       "perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) backup, int[] offsets, Tensor(c!) norm, bool measure, "
       "float rho, bool adaptive, bool maximize) -> ()");
@@ -30,10 +31,11 @@ SASSHA_LIBRARY(SASSHA_NAMESPACE, m) {
 
   // One step from w = backup (csrc/math/sassha.h). products, if any, are this step's Hessian estimates. Where any of
   // the scalars in guards, or if guard_grads any element of grads or products, is not finite: params <- backup,
-  // skipped <- 1, and nothing else is written.
+  // skipped <- 1, and nothing else is written. bias_correction: 0 "step", 1 "update", 2 "none"
+  // (sassha_fused/validation.py).
   m.def(
       "update_(Tensor(a!)[] params, Tensor[] grads, Tensor[] products, Tensor backup, Tensor(b!) exp_avg, "
       "Tensor(c!) exp_hessian, Tensor(d!) steps, Tensor(e!) skipped, int[] offsets, int[] rows, Tensor[] guards, "
       "bool guard_grads, Tensor? lr_tensor, float lr, float beta1, float beta2, float eps, float weight_decay, "
-      "float hessian_power, bool step_correction, bool maximize) -> ()");
+      "float hessian_power, int bias_correction, bool maximize) -> ()");
 }

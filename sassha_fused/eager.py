@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import BIAS_CORRECTIONS, check_gradients
 from .layout import state_dtype, view_of
-from .validation import check_gradients
 
 _WORD = 0xFFFFFFFF
 
@@ -40,18 +40,20 @@ def perturb_(
 ) -> None:
     r"""backup <- w; :math:`w \leftarrow w + \rho g / (N + 10^{-12})`, times :math:`w^2` if adaptive.
 
-    N is in norm, or if measure it is that of grads, and put there.
+    N is in norm, or if measure it is that of grads, and put there. Where it is not finite, w stays as it is.
     """
     check_gradients(params, grads)
     if measure:
         norm.copy_(grad_norm(grads, params, adaptive))
+    finite = torch.isfinite(norm)
     factor = torch.full_like(norm, -rho if maximize else rho) / (norm + 1e-12)
     results, backups = [], [view_of(backup, offset, w) for w, offset in zip(params, offsets, strict=True)]
     for w, g in zip(params, grads, strict=True):
         dtype = state_dtype(w)
         weight = w.to(dtype)
         step = factor.to(dtype) * g.to(dtype)
-        results.append(weight + step * (weight * weight) if adaptive else weight + step)
+        moved = weight + step * (weight * weight) if adaptive else weight + step
+        results.append(torch.where(finite, moved.to(w.dtype), w))
     # Nothing is written before all is worked out: memory may run out above, not below.
     for w, old, result in zip(params, backups, results, strict=True):
         old.copy_(w)
@@ -136,7 +138,7 @@ def update_(
     eps: float,
     weight_decay: float,
     hessian_power: float,
-    step_correction: bool,
+    bias_correction: int,
     maximize: bool,
 ) -> None:
     r"""One step from :math:`w` = backup; D only where products are given; nothing where a guard is not finite.
@@ -147,8 +149,11 @@ def update_(
         D \leftarrow \beta_2 D + (1 - \beta_2) |H|, \quad
         m \leftarrow \beta_1 m + (1 - \beta_1) \tilde g, \quad
         w \leftarrow w (1 - \eta\lambda) - \frac{\eta}{c_1} \frac{m}{(D / c_2)^\alpha + \epsilon}
+
+    bias_correction: the index in BIAS_CORRECTIONS; with "none", :math:`c_1 = c_2 = 1`.
     """
     check_gradients(params, grads)
+    kind = BIAS_CORRECTIONS[bias_correction]
     if guard_grads:
         guards = [*guards, *(grad_norm(tensors, (), False) for tensors in (grads, products) if tensors)]
     finite = torch.stack([torch.isfinite(guard) for guard in guards]).all()
@@ -160,9 +165,12 @@ def update_(
         step = counts[0] + 1
         hessian_step = counts[1]
         if products:
-            hessian_step = step if step_correction else hessian_step + 1
-        step_size = rate / (1 - torch.pow(beta1, step.double()))
-        correction = 1 / (1 - torch.pow(beta2, hessian_step.double()))
+            hessian_step = step if kind == "step" else hessian_step + 1
+        if kind == "none":
+            c1 = c2 = torch.ones_like(rate)
+        else:
+            c1, c2 = 1 - torch.pow(beta1, step.double()), 1 - torch.pow(beta2, hessian_step.double())
+        step_size, correction = rate / c1, 1 / c2
         decay = 1 - rate * weight_decay
 
         average, hessian, old = (view_of(flat, offset, w) for flat in (exp_avg, exp_hessian, backup))

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from .optimizer import Sassha, StepTaken
-from .state import Bucket
+from .closures import walk
+from .counts import StepTaken
+from .curvature.of_step import Curvature
+from .flat import Bucket, Groups, Selection, States
+from .gradients import of_groups
+from .optimizer import FusedOptimizer
+from .run import Run
+from .step import Step
 
 # Steps of each kind that run as usual first, as torch advises: libraries set themselves up in them.
 _WARMUP = 3
@@ -21,6 +28,30 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     loss: Tensor
     taken: StepTaken
+
+
+class _RecordedCurvature(Curvature):
+    def number_evaluation(self) -> None:
+        pass  # each replay has its own number, given before it
+
+
+class _RecordedStep(Step):
+    """A step that a CUDA graph records: nothing runs, the weights do not move, and nothing is counted.
+
+    Attributes:
+        taken: what each replay does to the counts.
+    """
+
+    def __init__(self, run: Run, groups: Groups, states: States) -> None:
+        super().__init__(run, groups, states)
+        self.curvature = _RecordedCurvature(run, groups)
+        self.taken: StepTaken | None = None
+
+    def count(self, taken: StepTaken) -> None:
+        self.taken = taken
+
+    def put_back(self, selections: Sequence[Selection]) -> None:
+        pass  # the backup is that of a step before
 
 
 class GraphedStep:
@@ -51,7 +82,7 @@ class GraphedStep:
             calls, where a hyperparameter has changed that the graphs have recorded.
     """
 
-    def __init__(self, optimizer: Sassha, closure: Callable[[], Tensor]) -> None:
+    def __init__(self, optimizer: FusedOptimizer, closure: Callable[[], Tensor]) -> None:
         self._optimizer, self._closure = optimizer, closure
         self._device = self._find_device()
         self._stream = torch.cuda.Stream(self._device)
@@ -72,21 +103,23 @@ class GraphedStep:
         return device
 
     def _forget(self) -> None:
-        self._captured: dict[Hashable, _Captured] = {}
-        self._runs: dict[Hashable, int] = {}
+        self._captured: dict[bool, _Captured] = {}
+        self._runs: dict[bool, int] = {}
         self._recorded: list[dict[str, Any]] = []
         self._of: list[Bucket] = []
 
     def __call__(self) -> Tensor:
         """Takes a step; returns the loss of its first pass."""
-        optimizer = self._optimizer
+        optimizer, run = self._optimizer, self._optimizer._run
         optimizer.restore()
         # Where state or parameters have changed, as in load_state_dict or add_param_group, the graphs point at memory
         # that is no longer theirs.
-        if [id(bucket) for bucket in self._of] != [id(bucket) for bucket in optimizer.buckets()]:
+        outdated = run.flat.is_outdated(optimizer.param_groups, optimizer.state)
+        buckets = [] if outdated else run.flat.buckets
+        if [*map(id, self._of)] != [*map(id, buckets)]:
             self._forget()
-            self._of = optimizer.buckets()
-        kind = tuple(map(tuple, optimizer.due_rows()))
+            self._of = list(buckets)
+        kind = optimizer.hessian_due
         with torch.cuda.device(self._device):
             if self._runs.get(kind, 0) < _WARMUP:
                 self._runs[kind] = self._runs.get(kind, 0) + 1
@@ -95,12 +128,12 @@ class GraphedStep:
             if kind not in self._captured:
                 self._captured[kind] = self._capture()
             captured = self._captured[kind]
-            if captured.taken.evaluated:
-                optimizer.number_evaluation()
+            for bucket in run.flat.buckets if captured.taken.evaluated else ():
+                bucket.evaluation.fill_(run.counts.evaluations)
             captured.graph.replay()
-            optimizer.await_verdict(captured.taken)
+            run.counts.count(captured.taken)
         for selection in captured.taken.selections:
-            selection.wrote_params()
+            increment_version(selection.params)
         return captured.loss
 
     def _run(self) -> Tensor:
@@ -116,20 +149,23 @@ class GraphedStep:
         optimizer = self._optimizer
         self._find_device()
         graph = torch.cuda.CUDAGraph()
-        optimizer.captured, optimizer.capturing = None, True
+        step = _RecordedStep(optimizer._run, optimizer.param_groups, optimizer.state)
         try:
             # The outer context sees to it that a capture that fails does not leave its stream the current one.
             with (
+                torch.no_grad(),
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
             ):
-                loss = optimizer.step(self._closure)
-        finally:
-            optimizer.capturing = False
-        if loss is None or optimizer.captured is None:
+                loss = walk(step, self._closure, of_groups(optimizer.param_groups))
+        except BaseException:
+            step.give_up()
+            optimizer.zero_grad()
+            raise
+        if step.taken is None:
             raise ValueError("closure must return a loss that depends on the parameters")
         self._recorded = self._hyperparameters()
-        return _Captured(graph, loss, optimizer.captured)
+        return _Captured(graph, loss, step.taken)
 
     def _hyperparameters(self) -> list[dict[str, Any]]:
         """What a graph records: numbers, and where tensors are."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .validation import check_choice
+from .checks import check_choice
 
 NAMES = ("grad_norm", "perturb_", "rademacher_", "hutchinson_", "update_")
 

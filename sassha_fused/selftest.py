@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from . import eager
+from .checks import BIAS_CORRECTIONS, DTYPES
+from .flat import Bucket, Member
 from .layout import view_of
 from .ops import Operators, available_backends, operators
-from .state import Bucket, Member
-from .validation import DTYPES
 
 # Around the vectors, tiles and blocks of the kernels, and nothing at all.
 SIZES = (0, 1, 7, 16, 33, 63, 64, 65, 255, 1023, 16383, 16385, 70001)
@@ -58,7 +58,7 @@ class _Case:
         self.products = [random(size).to(device, target) for size in SIZES]
         starts = [sum(SIZES[:i]) for i in range(len(SIZES))]
         members = [Member(param, start) for param, start in zip(params, starts, strict=True)]
-        self.bucket = Bucket(members, [{} for _ in members], [0 for _ in members], "eager")
+        self.bucket = Bucket({}, members, [{} for _ in members], "eager")
         self.bucket.exp_avg.copy_(random(self.bucket.exp_avg.numel()).float())
         self.bucket.exp_hessian.copy_(random(self.bucket.exp_hessian.numel()).float().abs())
         self.bucket.counts.fill_(3)
@@ -83,7 +83,7 @@ def _perturb(measure: bool) -> Callable[[_Case, Operators], list[Tensor]]:
 def _rademacher(case: _Case, backend: Operators) -> list[Tensor]:
     bucket = case.bucket
     signs = [torch.empty_like(param) for param in bucket.params]
-    backend.rademacher_(signs, bucket.indices, 2**40 + 1, bucket.evaluation.fill_(3), 1)
+    backend.rademacher_(signs, bucket.everything.indices, 2**40 + 1, bucket.evaluation.fill_(3), 1)
     return signs
 
 
@@ -91,7 +91,9 @@ def _hutchinson(case: _Case, backend: Operators) -> list[Tensor]:
     bucket = case.bucket
     estimate = torch.zeros_like(bucket.exp_hessian)
     for sample in range(3):
-        backend.hutchinson_(case.products, estimate, bucket.offsets, bucket.indices, 5, bucket.evaluation, sample, 3)
+        backend.hutchinson_(
+            case.products, estimate, bucket.offsets, bucket.everything.indices, 5, bucket.evaluation, sample, 3
+        )
     return [estimate]
 
 
@@ -113,13 +115,13 @@ def _update(hessian: bool, spoilt: bool = False) -> Callable[[_Case, Operators],
             bucket.counts,
             bucket.skipped,
             bucket.offsets,
-            bucket.rows,
+            bucket.everything.rows,
             guards,
             True,
             None,
             *HYPERPARAMETERS,
             0.5,
-            True,
+            BIAS_CORRECTIONS.index("step"),
             False,
         )
         return [*bucket.params, bucket.exp_avg, bucket.exp_hessian, bucket.counts, bucket.skipped]

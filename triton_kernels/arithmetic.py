@@ -8,11 +8,16 @@ one IEEE rounding.
 import triton
 import triton.language as tl
 
+from ..checks import BIAS_CORRECTIONS
 from .launch import INTERPRETED
 
 SQUARE_ROOT = tl.constexpr(0)
 IDENTITY = tl.constexpr(1)
 GENERAL = tl.constexpr(2)
+
+# Kinds of bias correction.
+BY_STEP = tl.constexpr(BIAS_CORRECTIONS.index("step"))
+UNCORRECTED = tl.constexpr(BIAS_CORRECTIONS.index("none"))
 
 # The interpreter cuts off what bfloat16 has no room for; devices round.
 _TRUNCATES = tl.constexpr(INTERPRETED)
@@ -122,6 +127,6 @@ def integer_power(base, exponent):
 
 
 @triton.jit
-def bias_correction(beta, count):
-    r""":math:`1 - \beta^n`, for a block of counts that include the step being taken."""
-    return 1.0 - integer_power(beta, count)
+def correction_of(beta, count, bias_correction):
+    r""":math:`1 - \beta^n`, for a block of counts that include the step being taken; 1 where nothing is corrected."""
+    return tl.where(bias_correction == UNCORRECTED, 1.0, 1.0 - integer_power(beta, count))

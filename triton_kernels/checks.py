@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..validation import DTYPES, check_gradients
+from ..checks import DTYPES, check_gradients
 from .table import UNIT
 
 

@@ -25,6 +25,7 @@ def _perturb_tile(
     begin,
     end,
     scale,
+    finite,
     ADAPTIVE: tl.constexpr,
     DTYPE: tl.constexpr,
     STATE: tl.constexpr,
@@ -35,8 +36,9 @@ def _perturb_tile(
     w = load(w_at, begin, end, index, DTYPE, VECTOR)
     g = load(g_at, begin, end, index, DTYPE, VECTOR)
     store(backup_at, begin, end, index, w, DTYPE, VECTOR)
-    moved = perturbed(w.to(STATE), g.to(STATE), scale, ADAPTIVE)
-    store(w_at, begin, end, index, narrow(moved, DTYPE), DTYPE, VECTOR)
+    if finite:
+        moved = perturbed(w.to(STATE), g.to(STATE), scale, ADAPTIVE)
+        store(w_at, begin, end, index, narrow(moved, DTYPE), DTYPE, VECTOR)
 
 
 @triton.jit(do_not_specialize=["table", "count", "tiles", "partial", "partials", "norm", "rho"])
@@ -56,7 +58,8 @@ def perturb_kernel(
     r"""backup <- w; :math:`w \leftarrow w + \rho g / (N + 10^{-12})`, times :math:`w^2` if ADAPTIVE.
 
     Streams: w, g and backup, of DTYPE and any length. N is in norm; or, where there are partial sums of squares, it is
-    worked out of them and put there. rho is negative where the objective is maximised.
+    worked out of them and put there. Where it is not finite, w stays as it is. rho is negative where the objective is
+    maximised.
     Moves 16 bytes per float32 element.
     """
     VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth
@@ -67,6 +70,7 @@ def perturb_kernel(
             tl.store(norm, size)
     else:
         size = tl.load(norm)
+    finite = size - size == 0.0
     scale = (double(rho) / (size + double(1e-12))).to(STATE)
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         entry = entry_of(table, count, tile)
@@ -75,9 +79,9 @@ def perturb_kernel(
         g_at = stream(table, count, entry, before, 1, DTYPE)
         backup_at = stream(table, count, entry, before, 2, DTYPE)
         if in_vectors(w_at | g_at | backup_at, begin, end, VECTOR):
-            _perturb_tile(w_at, g_at, backup_at, begin, end, scale, ADAPTIVE, DTYPE, STATE, UNITS, VECTOR)
+            _perturb_tile(w_at, g_at, backup_at, begin, end, scale, finite, ADAPTIVE, DTYPE, STATE, UNITS, VECTOR)
         else:
-            _perturb_tile(w_at, g_at, backup_at, begin, end, scale, ADAPTIVE, DTYPE, STATE, UNITS, 1)
+            _perturb_tile(w_at, g_at, backup_at, begin, end, scale, finite, ADAPTIVE, DTYPE, STATE, UNITS, 1)
 
 
 def perturb_(

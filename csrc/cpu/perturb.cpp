@@ -1,4 +1,5 @@
-// perturb_: backup <- w, w <- w + eps*. Moves 16 bytes per float32 element, and reads 4 more to measure the norm.
+// perturb_: backup <- w, w <- w + eps* where the norm is finite. Moves 16 bytes per float32 element, and reads 4 more
+// to measure the norm.
 
 #include "arguments.h"
 #include "cpu/dtypes.h"
@@ -49,11 +50,13 @@ void perturb_(StableListHandle param_list, StableListHandle grad_list, Tensor ba
     using P = decltype(zero);
     P* backups = static_cast<P*>(backup.mutable_data_ptr());
     const auto scale = perturbation_scale<Compute<P>>(rho, gradient_norm, maximize);
+    const bool finite = std::isfinite(gradient_norm);
     const bool streaming = ranges.streaming<P>();
     ranges.for_each([&](int64_t i, int64_t begin, int64_t end) {
+      P* w = params.data<P>(i) + begin;
       P* old = backups + offsets[i] + begin;
-      perturb_range<P>(params.data<P>(i) + begin, grads.data<P>(i) + begin, old, end - begin, scale, adaptive,
-                       streaming);
+      if (!finite) return copy(old, w, end - begin, streaming);
+      perturb_range<P>(w, grads.data<P>(i) + begin, old, end - begin, scale, adaptive, streaming);
     });
   });
   params.write_back();

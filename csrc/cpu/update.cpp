@@ -29,7 +29,7 @@ bool all_finite(const std::vector<Tensor>& guards) {
 
 // Advances the counts of every row, and works out its scalars; neighbours mostly share them.
 std::vector<UpdateScalars> advance(int64_t* steps, const std::vector<int64_t>& rows, bool hessian_step,
-                                   bool step_correction, const Hyperparameters& hyperparameters) {
+                                   const Hyperparameters& hyperparameters) {
   std::vector<UpdateScalars> scalars;
   scalars.reserve(rows.size());
   int64_t last_step = -1, last_hessian_step = -1;
@@ -37,7 +37,7 @@ std::vector<UpdateScalars> advance(int64_t* steps, const std::vector<int64_t>& r
     int64_t& step = steps[2 * row];
     int64_t& exponent = steps[2 * row + 1];
     ++step;
-    if (hessian_step) exponent = step_correction ? step : exponent + 1;
+    if (hessian_step) exponent = next_hessian_step(hyperparameters.bias_correction, step, exponent);
     const bool same = step == last_step && exponent == last_hessian_step;
     scalars.push_back(same ? scalars.back() : update_scalars(hyperparameters, step, exponent));
     last_step = step;
@@ -108,12 +108,13 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
              Tensor exp_avg, Tensor exp_hessian, Tensor steps, Tensor skipped, std::vector<int64_t> offsets,
              std::vector<int64_t> rows, std::vector<Tensor> guards, bool guard_grads, std::optional<Tensor> lr_tensor,
              double lr, double beta1, double beta2, double eps, double weight_decay, double hessian_power,
-             bool step_correction, bool maximize) {
+             int64_t bias_correction, bool maximize) {
   const TensorList params(param_list);
   const TensorList grads(grad_list, params);
   const bool hessian_step = list_size(product_list) > 0;
   const TensorList products = hessian_step ? TensorList(product_list, params) : TensorList(product_list);
   check_update(params, grads, products, backup, exp_avg, exp_hessian, steps, skipped, offsets, rows);
+  const BiasCorrection correction = bias_correction_of(bias_correction);
   const auto unfit = [](const TensorList& tensors) { return !tensors.empty() && !std::isfinite(norm_of(tensors)); };
   const bool finite = all_finite(guards) && !(guard_grads && (unfit(grads) || unfit(products)));
   *static_cast<int64_t*>(skipped.mutable_data_ptr()) = finite ? 0 : 1;
@@ -131,10 +132,17 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
       return;
     }
     const Hyperparameters hyperparameters{
-        lr_tensor ? scalar(*lr_tensor, "lr_tensor") : lr, beta1, beta2, eps, weight_decay, hessian_power, maximize};
+        lr_tensor ? scalar(*lr_tensor, "lr_tensor") : lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        hessian_power,
+        correction,
+        maximize,
+    };
     const UpdateConstants constants = update_constants(hyperparameters);
-    const auto scalars =
-        advance(static_cast<int64_t*>(steps.mutable_data_ptr()), rows, hessian_step, step_correction, hyperparameters);
+    const auto scalars = advance(static_cast<int64_t*>(steps.mutable_data_ptr()), rows, hessian_step, hyperparameters);
     const auto update = hessian_step ? update_tile_for<T, true>(power_of(hessian_power))
                                      : update_tile_for<T, false>(power_of(hessian_power));
     const bool means = hessian_step && products.dtype() != params.dtype();

@@ -103,7 +103,6 @@ struct Update {
   bool guard_grads;
   const Scalar* lr_tensor;  // in place of lr
   Hyperparameters hyperparameters;
-  bool step_correction;
   PartialSums partial;  // room for the sums of gradients and products, and one more
   void* scratch;
 };

@@ -1,4 +1,4 @@
-// perturb_: backup <- w, w <- w + eps*. Moves 16 bytes per float32 element.
+// perturb_: backup <- w, w <- w + eps* where the norm is finite. Moves 16 bytes per float32 element.
 
 #include <cmath>
 
@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(kThreads) perturb_kernel(const __grid_constant
   } else {
     norm = *a.norm;
   }
+  const bool finite = std::isfinite(norm);
   const T scale = perturbation_scale<T>(a.rho, norm, a.maximize);
   for (Chunks<P, Table<2>> chunks(a.table); chunks.more(); chunks.next()) {
 #pragma unroll 1
@@ -45,6 +46,7 @@ __global__ void __launch_bounds__(kThreads) perturb_kernel(const __grid_constant
       load<Reuse::kSoon>(weights, at.length, vectors, w);
       load<Reuse::kLate>(gradients, at.length, vectors, g);
       store<Reuse::kLate>(w, at.length, vectors, backup);
+      if (!finite) continue;
 #pragma unroll
       for (int i = 0; i < kVector<P>; ++i) {
         w[i] = narrow<P>(perturbed<T, kAdaptive>(widen(w[i]), widen(g[i]), scale));

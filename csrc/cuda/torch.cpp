@@ -163,12 +163,13 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
              Tensor exp_avg, Tensor exp_hessian, Tensor steps, Tensor skipped, std::vector<int64_t> offsets,
              std::vector<int64_t> rows, std::vector<Tensor> guards, bool guard_grads, std::optional<Tensor> lr_tensor,
              double lr, double beta1, double beta2, double eps, double weight_decay, double hessian_power,
-             bool step_correction, bool maximize) {
+             int64_t bias_correction, bool maximize) {
   const TensorList params(param_list);
   const TensorList grads(grad_list, params);
   const bool hessian_step = list_size(product_list) > 0;
   const TensorList products = hessian_step ? TensorList(product_list, params) : TensorList(product_list);
   check_update(params, grads, products, backup, exp_avg, exp_hessian, steps, skipped, offsets, rows);
+  const BiasCorrection correction = bias_correction_of(bias_correction);
   for (const TensorList* list : {&params, &grads, &products}) list->check_device(steps);
   for (const auto& [tensor, name] : {std::pair(&backup, "backup"), std::pair(&exp_avg, "exp_avg"),
                                      std::pair(&exp_hessian, "exp_hessian"), std::pair(&skipped, "skipped")}) {
@@ -210,8 +211,7 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
       guard_scalars,
       guard_grads,
       rate ? &*rate : nullptr,
-      {lr, beta1, beta2, eps, weight_decay, hessian_power, maximize},
-      step_correction,
+      {lr, beta1, beta2, eps, weight_decay, hessian_power, correction, maximize},
       partial_sums(sums),
       prepared.mutable_data_ptr(),
   };

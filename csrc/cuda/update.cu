@@ -27,7 +27,6 @@ struct Chores {
   Scalar guards[kGuards];
   int guard_count;
   bool hessian_step;
-  bool step_correction;
   Hyperparameters hyperparameters;
   Scalar lr_tensor;  // in place of hyperparameters.lr, unless null
   const int64_t* steps;
@@ -48,7 +47,7 @@ __device__ inline void prepare(const Chores& chores) {
        row += int64_t{gridDim.x} * kThreads) {
     const int64_t step = chores.steps[2 * row] + 1;
     int64_t hessian_step = chores.steps[2 * row + 1];
-    if (chores.hessian_step) hessian_step = chores.step_correction ? step : hessian_step + 1;
+    if (chores.hessian_step) hessian_step = next_hessian_step(hyperparameters.bias_correction, step, hessian_step);
     chores.prepared[row] = {update_scalars(hyperparameters, step, hessian_step), step, hessian_step};
   }
 }
@@ -211,7 +210,6 @@ PartialSums inspect(const Target& target, const Update& u) {
   PartialSums partial{u.partial.sums, 0};
   Chores chores{};
   chores.hessian_step = u.products != nullptr;
-  chores.step_correction = u.step_correction;
   chores.hyperparameters = u.hyperparameters;
   if (u.lr_tensor) chores.lr_tensor = *u.lr_tensor;
   chores.steps = u.steps;

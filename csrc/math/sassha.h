@@ -12,7 +12,7 @@
 
 namespace sassha {
 
-// rho / (N + 1e-12), the factor of the gradient in eps*; negative where the objective is maximised.
+// rho / (N + 1e-12), the factor of the gradient in eps*, where N is finite; negative where the objective is maximised.
 template <class T>
 SASSHA_HOST_DEVICE T perturbation_scale(double rho, double norm, bool maximize) {
   const double scale = rho / (norm + 1e-12);
@@ -41,8 +41,13 @@ SASSHA_HOST_DEVICE T raise(T x, double power) {
   return static_cast<T>(std::exp2(power * std::log2(static_cast<double>(x))));
 }
 
+// What c2 counts: the steps up to the last Hessian step, as published, or the Hessian steps alone. kNone: c1 = c2 = 1.
+// Numbered as in csrc/schema.cpp.
+enum class BiasCorrection { kStep, kUpdate, kNone };
+
 struct Hyperparameters {
   double lr, beta1, beta2, eps, weight_decay, hessian_power;
+  BiasCorrection bias_correction;
   bool maximize;
 };
 
@@ -86,10 +91,16 @@ SASSHA_HOST_DEVICE double integer_power(double base, int64_t exponent) {
   return high;
 }
 
-// c1 = 1 - beta1^step, c2 = 1 - beta2^hessian_step: both counts include the step being taken.
+// The count hessian_step behind a Hessian step, which is the step-th step.
+SASSHA_HOST_DEVICE int64_t next_hessian_step(BiasCorrection correction, int64_t step, int64_t hessian_step) {
+  return correction == BiasCorrection::kStep ? step : hessian_step + 1;
+}
+
+// c1 = 1 - beta1^step, c2 = 1 - beta2^hessian_step, or both 1: the counts include the step being taken.
 SASSHA_HOST_DEVICE UpdateScalars update_scalars(const Hyperparameters& h, int64_t step, int64_t hessian_step) {
-  const double correction1 = 1.0 - integer_power(h.beta1, step);
-  const double correction2 = 1.0 - integer_power(h.beta2, hessian_step);
+  const bool corrected = h.bias_correction != BiasCorrection::kNone;
+  const double correction1 = corrected ? 1.0 - integer_power(h.beta1, step) : 1.0;
+  const double correction2 = corrected ? 1.0 - integer_power(h.beta2, hessian_step) : 1.0;
   return {1.0 - h.lr * h.weight_decay, h.lr / correction1, 1.0 / correction2};
 }
 

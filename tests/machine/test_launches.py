@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.shapes import MODELS
-from sassha_fused import Sassha, hvp, ops
+from sassha_fused import Sassha, ops
+from sassha_fused.curvature import exact
 from tests.support import emulation
 from tests.support.backends import marks_of
 from tests.support.cases import sparse
@@ -65,7 +66,7 @@ def nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "zeros", sparse_zeros)
     monkeypatch.setattr(torch, "zeros_like", sparse_zeros_like)
-    monkeypatch.setitem(hvp.SOURCES, "autograd", hvp.HessianSource(products, needs_graph=False))
+    monkeypatch.setitem(exact.SOURCES, "autograd", exact.HessianSource(products, needs_graph=False))
 
 
 def kernel_of(launch: emulation.Launch) -> str:

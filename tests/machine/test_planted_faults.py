@@ -47,6 +47,10 @@ UPDATE_SIZES = f"{UPDATE}[hessian-every size-float32-cuda_emulated]"
 UPDATE_MANY = f"{UPDATE}[not hessian-57 tensors-float32-cuda_emulated]"
 NORM_SIZES = f"{NORM}[not adaptive-every size-float32-cuda_emulated]"
 SIGN_INDEX = f"{FOLDER}/test_signs.py::test_signs_from_any_index_on_are_those_of_the_reference[12345-cuda_emulated]"
+STANDSTILL = f"{FOLDER}/test_standstill.py"
+GIVEN = f"{STANDSTILL}::test_a_given_norm_that_is_not_finite_moves_no_weight"
+MEASURED = f"{STANDSTILL}::test_a_measured_norm_that_is_not_finite_moves_no_weight"
+COUNTS = f"{FOLDER}/test_update.py::test_counts_of_any_length_correct_the_bias[(9, 1)-cuda_emulated]"
 SUMS = f"{EMULATION}::test_one_sum_over_a_block_may_follow_another"
 FULL_TABLE = f"{TABLES}::test_more_tensors_than_a_table_holds_go_into_several"
 PARTS = f"{TABLES}::test_parts_may_be_left_out_and_come_in_any_order"
@@ -150,6 +154,23 @@ FAULTS = {
     "the measured norm is kept": Fault(
         "perturb.cu", "*a.norm = norm;", "(void)norm;", (f"{FULL_TABLE}[986]",), PERTURB_FILE
     ),
+    "a given norm that is not finite moves the weights": Fault(
+        "perturb.cu", "if (!finite) continue;", "", (GIVEN,), PERTURB_FILE
+    ),
+    "a norm counts as finite before it is measured": Fault(
+        "perturb.cu",
+        "const bool finite = std::isfinite(norm);",
+        "const bool finite = a.partial_count > 0 || std::isfinite(norm);",
+        (MEASURED,),
+        PERTURB_FILE,
+    ),
+    "weights that stay are not saved": Fault(
+        "perturb.cu",
+        "      store<Reuse::kLate>(w, at.length, vectors, backup);\n      if (!finite) continue;\n",
+        "      if (!finite) continue;\n      store<Reuse::kLate>(w, at.length, vectors, backup);\n",
+        (GIVEN,),
+        PERTURB_FILE,
+    ),
     # update.cu
     "the guards of further launches are lost": Fault(
         "update.cu", "partial.count += blocks;", "partial.count = blocks;", (GUARDS,), UPDATE_FILE
@@ -170,6 +191,16 @@ FAULTS = {
         "update.cu", "entry += gridDim.x * kThreads", "entry += a.table.count", (ONE_BLOCK,), UPDATE_FILE
     ),
     "a gap has a row": Fault("update.cu", "if (row < 0) continue;", "", (UPDATE_MANY,), UPDATE_FILE),
+    "an uncorrected step is corrected": Fault(
+        "../math/sassha.h", "h.bias_correction != BiasCorrection::kNone", "true", (COUNTS,), UPDATE_FILE
+    ),
+    "an uncorrected Hessian step is counted as published": Fault(
+        "../math/sassha.h",
+        "correction == BiasCorrection::kStep ?",
+        "correction != BiasCorrection::kUpdate ?",
+        (COUNTS,),
+        UPDATE_FILE,
+    ),
     "a skipped step is counted": Fault("update.cu", "  if (!finite) return;\n", "", (SKIP,), UPDATE_FILE),
     "a skipped step is taken": Fault("update.cu", "  if (!finite) return restore<P>(a);\n", "", (SKIP,), UPDATE_FILE),
 }

@@ -107,7 +107,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @both_backends
-@pytest.mark.parametrize("correction", ["step", "update"])
+@pytest.mark.parametrize("correction", ["step", "update", "none"])
 @pytest.mark.parametrize("stop", range(8))
 def test_4_a_resumed_run_is_bitwise_the_uninterrupted_one_from_any_step(
     backend: str, correction: str, stop: int
@@ -135,13 +135,64 @@ def test_4_a_run_resumed_before_every_step_is_bitwise_the_uninterrupted_one(back
     assert_same(other.snapshot()["state"], whole.snapshot()["state"])
 
 
+@both_backends
+@pytest.mark.parametrize("stop", range(6))
+def test_4_a_resumed_run_goes_on_in_a_schedule_of_which_no_parameter_took_every_step(backend: str, stop: int) -> None:
+    def begin() -> tuple[list[nn.Parameter], Sassha]:
+        params = [parameter(1.0, -2.0), parameter(3.0)]
+        return params, Sassha(params, lr=0.01, hessian_interval=4, hessian_samples=2, backend=backend)
+
+    def step(params: list[nn.Parameter], opt: Sassha, number: int) -> None:
+        opt.step(lambda: (params[number % 2] ** 4).sum())
+
+    (params, opt), (others, other) = begin(), begin()
+    for number in range(stop):
+        step(params, opt, number)
+    for param, same in zip(others, params, strict=True):
+        param.data.copy_(same.detach())
+    other.load_state_dict(through_a_file(opt.state_dict()))
+    for number in range(stop, stop + 6):
+        step(params, opt, number)
+        step(others, other, number)
+        assert_same(other.state_dict()["state"], opt.state_dict()["state"])
+    assert_same(weights(others), weights(params))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 5
 
 
 @both_backends
+@pytest.mark.parametrize("steps", range(3))
+def test_5_a_step_without_perturb_where_rho_is_positive_is_an_error_that_says_so(backend: str, steps: int) -> None:
+    problem = Problem(backend)
+    problem.train(steps, "phase")
+    before = problem.snapshot()
+    backward(problem.loss(), create_graph=True)
+    with pytest.raises(ValueError, match=r"perturb\(\)"):
+        problem.opt.step()
+    assert_same(problem.snapshot(), before)
+    problem.opt.zero_grad()
+    undisturbed = Problem(backend)
+    undisturbed.train(steps, "phase")
+    for _ in range(3):
+        problem.step("phase")
+        undisturbed.step("phase")
+    assert_same(problem.snapshot(), undisturbed.snapshot())
+
+
+@both_backends
+def test_5_a_step_without_perturb_is_an_error_where_rho_is_positive_in_a_single_group(backend: str) -> None:
+    still, moving = parameter(1.0), parameter(2.0)
+    opt = Sassha([{"params": [still], "rho": 0.0}, {"params": [moving]}], backend=backend)
+    backward((still**2 + moving**2).sum(), create_graph=True)
+    with pytest.raises(ValueError, match=r"perturb\(\)"):
+        opt.step()
+
+
+@both_backends
 def test_5_a_step_without_perturb_is_a_step_of_radius_zero(backend: str) -> None:
-    plain, zero = Problem(backend), Problem(backend, rho=0.0)
+    plain, zero = Problem(backend, rho=0.0), Problem(backend, rho=0.0)
     for _ in range(7):
         backward(plain.loss(), create_graph=plain.opt.hessian_due)
         plain.opt.step()
@@ -154,7 +205,7 @@ def test_5_a_step_without_perturb_is_a_step_of_radius_zero(backend: str) -> None
 @both_backends
 def test_5_a_step_without_perturb_on_a_linear_loss_has_hessian_zero(backend: str) -> None:
     w = parameter(1.0, 2.0)
-    opt = Sassha([w], lr=0.5, eps=1.0, backend=backend)
+    opt = Sassha([w], lr=0.5, eps=1.0, rho=0.0, backend=backend)
     backward((3 * w).sum(), create_graph=opt.hessian_due)
     opt.step()
     assert_same(opt.state[w]["exp_hessian"], torch.zeros(2))
@@ -186,7 +237,7 @@ def test_5_a_parameter_group_can_be_added_at_any_time(backend: str, style: str, 
 @both_backends
 @pytest.mark.parametrize("when", range(5))
 def test_5_a_group_added_later_can_be_stepped_without_perturb(backend: str, when: int) -> None:
-    problem = Problem(backend)
+    problem = Problem(backend, rho=0.0)
     problem.train(when)
     extra = parameter(1.0, -2.0)
     problem.opt.add_param_group({"params": [extra]})
@@ -332,6 +383,50 @@ def test_12_a_graph_is_built_in_the_second_pass_of_hessian_steps_only(backend: s
     hessian_step, lazy_step = [False, True], [False, False]
     steps = [hessian_step, hessian_step, lazy_step, hessian_step, lazy_step, lazy_step, hessian_step]
     assert GraphSpy.built == [built for step in steps for built in step]
+
+
+@both_backends
+@pytest.mark.parametrize("style", ["closure", "standard"])
+def test_12_one_pass_builds_its_graph_on_hessian_steps_only(backend: str, style: str) -> None:
+    problem = Problem(backend, hessian_warmup=2, rho=0.0)
+    GraphSpy.built = []
+    for _ in range(7):
+        STYLES[style](problem.opt, lambda: GraphSpy.apply(problem.loss()))
+        problem.steps += 1
+    assert GraphSpy.built == [True, True, False, True, False, False, True]
+
+
+@both_backends
+@all_styles
+def test_12_layers_dropped_at_random_leave_hessian_steps_at_every_kth_step(backend: str, style: str) -> None:
+    layers = [parameter(1.0, -2.0) for _ in range(6)]
+    opt = Sassha(layers, lr=0.01, hessian_interval=10, backend=backend)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for step in range(41):
+        # All in the first step, later the first one and a half of the others.
+        kept = [p for p in layers if torch.rand((), generator=generator) < 0.5 or p is layers[0] or step == 0]
+        GraphSpy.built = []
+        STYLES[style](opt, lambda: GraphSpy.apply(sum((p**4).sum() for p in kept)))
+        found += [step] * any(GraphSpy.built)
+    assert found == [0, 10, 20, 30, 40]
+
+
+def hooks(params: list[nn.Parameter]) -> list[int]:
+    """How many hooks each parameter carries."""
+    return [len(p._backward_hooks or ()) + len(p._post_accumulate_grad_hooks or ()) for p in params]
+
+
+@both_backends
+def test_12_reading_hessian_due_tells_of_the_coming_step_and_installs_nothing(backend: str) -> None:
+    problem, unread = Problem(backend, hessian_warmup=2), Problem(backend, hessian_warmup=2)
+    for due in [True, True, False, True, False, False, True]:
+        before = hooks(problem.params)
+        assert [problem.opt.hessian_due for _ in range(3)] == [due] * 3
+        assert hooks(problem.params) == before
+        problem.step("closure")
+        unread.step("closure")
+    assert_same(problem.snapshot(), unread.snapshot())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

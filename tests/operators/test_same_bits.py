@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sassha_fused.checks import BIAS_CORRECTIONS
 from tests.support.backends import BACKENDS, BASELINE, SLOW, device_of, each_backend_with, each_of
 from tests.support.calls import (
     HYPER,
@@ -35,12 +36,19 @@ def test_backends_perturb_to_the_same_bits(backend: str, dtype: torch.dtype, spe
     assert_same_case(*(perturb(name, case, 7.3, 0.2, adaptive, False) for name in (backend, BASELINE)))
 
 
-@each_backend_with(without=[BASELINE], power=EXACT_POWERS, hessian=(False, True), specs=SAME_BITS_LISTS, dtype=NARROW)
+@each_backend_with(
+    without=[BASELINE],
+    correction=BIAS_CORRECTIONS,
+    power=EXACT_POWERS,
+    hessian=(False, True),
+    specs=SAME_BITS_LISTS,
+    dtype=NARROW,
+)
 def test_backends_update_to_the_same_bits(
-    backend: str, dtype: torch.dtype, specs: str, power: float, hessian: bool
+    backend: str, dtype: torch.dtype, specs: str, power: float, hessian: bool, correction: str
 ) -> None:
     case = listed_case(backend, dtype, specs)
-    hyper = {**HYPER, "hessian_power": power}
+    hyper = {**HYPER, "hessian_power": power, "bias_correction": correction}
     assert_same_case(*(update(name, case, hyper, hessian) for name in (backend, BASELINE)))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sassha_fused import eager
+from sassha_fused.checks import BIAS_CORRECTIONS
 from sassha_fused.ops import NAMES
 from tests.support.backends import BACKENDS, marks_of, operators_of
 from tests.support.calls import arguments_of
@@ -169,6 +170,14 @@ def negative(indices: Sequence[int]) -> Sequence[int]:
     return [*indices[:-1], -1]
 
 
+def too_large(index: int) -> int:
+    return len(BIAS_CORRECTIONS)
+
+
+def below_zero(index: int) -> int:
+    return -1
+
+
 LENGTHS = (shorter, longer)
 TENSORS = (*LENGTHS, misshapen, transposed, mixed, reinterpreted, doubled)
 FLATS = (truncated, reinterpreted, doubled, with_gaps)
@@ -196,6 +205,7 @@ BAD_ARGUMENTS = [
         ("update_", "guards", (reinterpreted, emptied)),
         ("update_", "offsets", LENGTHS),
         ("update_", "rows", (*LENGTHS, beyond)),
+        ("update_", "bias_correction", (too_large, below_zero)),
     ]
     for change in changes
 ]

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sassha_fused.checks import BIAS_CORRECTIONS
 from tests.support.backends import each_backend_with, each_quick_backend, each_slow_backend
-from tests.support.calls import CORRECTIONS, POWERS
+from tests.support.calls import POWERS
 from tests.support.cases import DTYPES, LAYOUTS, Spec, every_layout, make_case, many
 from tests.support.checks import check_update
 from tests.support.lists import LIST_NAMES, listed_case, shorter
@@ -24,7 +25,7 @@ def test_update_changes_every_element_by_the_formula_and_nothing_else(
     check_update(backend, listed_case(backend, dtype, specs), hessian)
 
 
-@each_backend_with(maximize=(False, True), correction=CORRECTIONS, power=POWERS, hessian=KINDS, dtype=DTYPES)
+@each_backend_with(maximize=(False, True), correction=BIAS_CORRECTIONS, power=POWERS, hessian=KINDS, dtype=DTYPES)
 def test_update_is_the_formula_in_every_mode(
     backend: str, dtype: torch.dtype, hessian: bool, power: float, correction: str, maximize: bool
 ) -> None:
@@ -68,16 +69,18 @@ def test_update_is_the_formula_at_unusual_hyperparameters(
 def test_counts_of_any_length_correct_the_bias(backend: str, steps: tuple[int, int]) -> None:
     case = make_case(torch.float64, [Spec((5,))])
     case.steps[case.rows[0]] = torch.tensor(steps)
-    for correction in CORRECTIONS:
+    for correction in BIAS_CORRECTIONS:
         check_update(backend, case, hessian=True, bias_correction=correction)
         if steps[1]:
             check_update(backend, case, hessian=False, bias_correction=correction)
 
 
-@each_backend_with(rate=DTYPES, dtype=DTYPES)
-def test_a_tensor_takes_the_place_of_the_learning_rate(backend: str, dtype: torch.dtype, rate: torch.dtype) -> None:
+@each_backend_with(correction=BIAS_CORRECTIONS, rate=DTYPES, dtype=DTYPES)
+def test_a_tensor_takes_the_place_of_the_learning_rate(
+    backend: str, dtype: torch.dtype, rate: torch.dtype, correction: str
+) -> None:
     case = make_case(dtype, [*many(shorter(backend, 9, 5)), Spec(())])
-    check_update(backend, case, True, lr_tensor=torch.tensor(0.033, dtype=rate), lr=1e6)
+    check_update(backend, case, True, lr_tensor=torch.tensor(0.033, dtype=rate), lr=1e6, bias_correction=correction)
 
 
 @each_backend_with()
@@ -105,7 +108,7 @@ ANY: dict[str, Any] = {
     "eps": st.floats(1e-8, 1),
     "weight_decay": st.floats(0, 1),
     "hessian_power": st.sampled_from([0.5, 1.0]) | st.floats(0.01, 1),
-    "bias_correction": st.sampled_from(CORRECTIONS),
+    "bias_correction": st.sampled_from(BIAS_CORRECTIONS),
     "maximize": st.booleans(),
 }
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sassha_fused import Sassha, available_backends, eager, ops
-from sassha_fused.validation import check_gradients
+from sassha_fused.checks import check_gradients
 from tests.support.problems import (
     BACKENDS,
     STYLES,
@@ -81,7 +81,7 @@ BAD_HYPERPARAMETERS: list[tuple[str, Any, type[Exception]]] = [
     *[(f"hessian_{name}", 2.0, TypeError) for name in ("interval", "samples", "warmup")],
     *[(f"hessian_{name}", "2", TypeError) for name in ("interval", "samples", "warmup")],
     *[(f"hessian_{name}", True, TypeError) for name in ("interval", "samples", "warmup")],
-    ("bias_correction", "none", ValueError),
+    ("bias_correction", "both", ValueError),
     ("bias_correction", None, ValueError),
     ("adaptive", 1, TypeError),
     ("maximize", "no", TypeError),

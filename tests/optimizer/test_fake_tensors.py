@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sassha_fused import Sassha, hvp, ops
+from sassha_fused import Sassha, ops
+from sassha_fused.curvature import exact
 from tests.support.problems import BACKENDS, STYLES, Problem
 
 # Of the kernels, none is started: where tensors are fake, nothing is launched.
@@ -149,7 +150,7 @@ def test_perturb_and_step_on_fake_cuda_tensors_read_no_value(
     if backend == "triton":
         triton = pytest.importorskip("triton") and ops.BACKENDS["triton"]
         monkeypatch.setitem(ops.BACKENDS, "triton", replace(triton, devices=None, missing=lambda: None))
-    monkeypatch.setitem(hvp.SOURCES, "autograd", hvp.HessianSource(ones, needs_graph=False))
+    monkeypatch.setitem(exact.SOURCES, "autograd", exact.HessianSource(ones, needs_graph=False))
     params = [
         nn.Parameter(torch.ones(4, 5, device="cuda")),
         nn.Parameter(torch.ones((), device="cuda")),

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from sassha_fused import Sassha, hvp
+from sassha_fused import Sassha
+from sassha_fused.curvature import exact
 from tests.support.problems import BACKENDS, STYLES, Problem, backward, single_threaded
 
 one_thread = pytest.fixture(autouse=True)(single_threaded)
@@ -114,12 +115,12 @@ def test_probes_and_products_die_with_the_step(backend: str, style: str, samples
     alive: list[weakref.ref[Tensor]] = []
 
     def products(*args: Any) -> Any:
-        found = hvp.autograd_products(*args)
+        found = exact.autograd_products(*args)
         alive.extend(weakref.ref(tensor) for tensor in (*args[1], *args[2], *found))
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(hvp.SOURCES, "autograd", hvp.HessianSource(products, needs_graph=True))
+        patch.setitem(exact.SOURCES, "autograd", exact.HessianSource(products, needs_graph=True))
         problem.step(style)
     problem.opt.zero_grad()
     assert len(alive) == 12 * samples

@@ -14,7 +14,7 @@ import torch
 from sassha_fused import ops
 from sassha_fused.ops import Operators, operators
 from tests.support import emulation
-from tests.support.pairwise import pairwise
+from tests.support.pairs import every_pair
 
 ops.BACKENDS[emulation.BACKEND] = ops.Backend(("cpu",), lambda: None, emulation.emulated)
 
@@ -133,13 +133,13 @@ def _name_of(argument: str, value: Any) -> str:
 def each_backend_with(
     *, without: Sequence[str] = (), few: dict[str, Sequence[Any]] | None = None, **values: Sequence[Any]
 ) -> pytest.MarkDecorator:
-    """Each backend, executed ones too, with combinations in which every pair of values is found (see pairwise).
+    """Each backend, executed ones too, with combinations in which every pair of values is found (see every_pair).
 
     without: backends that are left out. few: what slow ones get in place of values.
     """
     cases = []
     for backend in [name for name in (*BACKENDS, *EXECUTED) if name not in without]:
-        for row in pairwise(**{**values, **((few or {}) if backend in SLOW else {})}):
+        for row in every_pair(**{**values, **((few or {}) if backend in SLOW else {})}):
             identity = "-".join([*(_name_of(*item) for item in row.items()), backend])
             cases.append(pytest.param(backend, *row.values(), marks=marks_of(backend), id=identity))
     return pytest.mark.parametrize(", ".join(["backend", *values]), cases)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sassha_fused.checks import BIAS_CORRECTIONS
 from tests.support.backends import device_of, evaluation_on, operators_of
 from tests.support.cases import Case, Spec, compute_dtype, make_case
 
@@ -21,7 +22,6 @@ HYPER: dict[str, Any] = {
     "bias_correction": "step",
     "maximize": False,
 }
-CORRECTIONS = ("step", "update")
 POWERS = (0.5, 1.0, 0.7)
 
 
@@ -56,7 +56,7 @@ def update_arguments(
         "eps": hyper["eps"],
         "weight_decay": hyper["weight_decay"],
         "hessian_power": hyper["hessian_power"],
-        "step_correction": hyper["bias_correction"] == "step",
+        "bias_correction": BIAS_CORRECTIONS.index(hyper["bias_correction"]),
         "maximize": hyper["maximize"],
     }
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.support.calls import HYPER, hutchinson, perturb, update
+from tests.support.backends import device_of
+from tests.support.calls import HYPER, hutchinson, perturb, run, update
 from tests.support.cases import (
     GENERAL_POWER_ULPS,
     ULPS,
@@ -30,6 +31,17 @@ def check_perturb(
     assert_rounded(after.params, exact.w, exact.w_largest, ULPS)
     assert_same_bits(torch.cat(after.parts(after.backup)), w, "backup")
     assert_untouched(after, before, but=("params", "backup"))
+
+
+def check_standstill(backend: str, before: Case, norm: float, measure: bool, adaptive: bool = False) -> None:
+    """A perturbation by a norm that is not finite saves the weights and leaves them where they are."""
+    on = before.to(device_of(backend))
+    scalar = torch.tensor(norm, dtype=torch.float64, device=device_of(backend))
+    run(backend, "perturb_", on, norm=scalar, measure=measure, adaptive=adaptive)
+    after = on.to("cpu")
+    assert_untouched(after, before, but=("backup",))
+    assert_same_bits(torch.cat(after.parts(after.backup)), before.in_order(before.params), "backup")
+    assert not math.isfinite(float(scalar))
 
 
 def check_update(backend: str, before: Case, hessian: bool, lr_tensor: Tensor | None = None, **changes: Any) -> None:

@@ -91,8 +91,9 @@ class ReferenceSassha(torch.optim.Optimizer):
     """Sassha as a per-tensor loop.
 
     State per parameter: "step" (int, t), "hessian_step" (int, the exponent in c2), "exp_avg" and "exp_hessian" (float64
-    for float64 parameters, else float32). The seed and hessian_samples are those of the optimizer, every other
-    hyperparameter may differ between groups.
+    for float64 parameters, else float32). What decides when Hessians are taken, and with which signs, is the
+    optimizer's: hessian_interval, hessian_warmup, hessian_samples, seed, and steps_taken (T), which skipped steps leave
+    alone. Every other hyperparameter may differ between groups.
     """
 
     def __init__(
@@ -120,14 +121,15 @@ class ReferenceSassha(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "rho": rho,
             "adaptive": adaptive,
-            "hessian_interval": hessian_interval,
-            "hessian_warmup": hessian_warmup,
             "hessian_power": hessian_power,
             "bias_correction": bias_correction,
             "maximize": maximize,
         }
+        self.hessian_interval = hessian_interval
+        self.hessian_warmup = hessian_warmup
         self.hessian_samples = hessian_samples
         self.seed = seed
+        self.steps_taken = 0
         self.hessian_evaluations = 0
         self.skipped_steps = 0
         self.perturbed = False
@@ -136,25 +138,37 @@ class ReferenceSassha(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if shared := {"hessian_interval", "hessian_warmup", "hessian_samples", "seed"} & set(param_group):
+            raise ValueError(f"one value for the whole optimizer, not for a group: {', '.join(sorted(shared))}")
         super().add_param_group(param_group)
         # A parameter listed twice is one parameter.
         param_group["params"] = list(dict.fromkeys(param_group["params"]))
 
     @property
     def hessian_due(self) -> bool:
-        """Whether the coming update is a Hessian step of any parameter (once perturbed: of any perturbed one)."""
-        every = self._each()
-        moved = [b is not None for b in self._backups] if self.perturbed else [p.requires_grad for _, p in every]
-        return any(self._is_due(group, p) for (group, p), yes in zip(every, moved, strict=True) if yes)
+        """Whether the coming update may be a Hessian step: whether its gradients need a graph.
+
+        Due by the schedule, or because of a parameter that never had a Hessian: which ones will have a gradient in both
+        passes is known in the end only, so that any that can (once perturbed: any that moved) counts.
+        """
+        first = self._in_first_pass() if self.perturbed else [p.requires_grad for _, p in self._each()]
+        return self._is_hessian_step(first)
 
     def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
-        """One step; the closure computes and returns the loss, backward is run here. Returns the first pass's loss."""
-        loss, _ = self._backward(closure)
-        self.perturb()
+        """One step; the closure computes and returns the loss, backward is run here. Returns the first pass's loss.
+
+        The closure is called twice, or once where rho is 0 in every group.
+        """
+        one_pass = all(group["rho"] == 0 for group in self.param_groups)
+        loss, grads = self._backward(closure, create_graph=one_pass and self.hessian_due)
+        losses = [loss]
         try:
-            second_loss, grads = self._backward(closure, create_graph=self.hessian_due)
+            if not one_pass:
+                self.perturb()
+                second_loss, grads = self._backward(closure, create_graph=self.hessian_due)
+                losses.append(second_loss)
             products = self._hessian_products(grads)
-            if _is_finite(loss) and _is_finite(second_loss):
+            if all(map(_is_finite, losses)):
                 self.update(products)
             else:
                 self._skip()
@@ -165,7 +179,10 @@ class ReferenceSassha(torch.optim.Optimizer):
 
     @torch.no_grad()
     def perturb(self) -> None:
-        """w <- w + rho g / (N + 1e-12) from p.grad, adaptive: times w^2; keeps backups of w and clears p.grad."""
+        """w <- w + rho g / (N + 1e-12) from p.grad, adaptive: times w^2; keeps backups of w and clears p.grad.
+
+        Where N is not finite w stays as it is: the step will be skipped.
+        """
         if self.perturbed:
             raise ValueError("perturb called twice")
         self._grad_norm = self._global_grad_norm()
@@ -176,6 +193,8 @@ class ReferenceSassha(torch.optim.Optimizer):
                     self._backups.append(None)
                     continue
                 self._backups.append(p.clone())
+                if not math.isfinite(self._grad_norm):
+                    continue
                 w = _wide(p)
                 grad = _wide(p.grad)
                 e_w = (-grad if group["maximize"] else grad) * scale
@@ -191,20 +210,21 @@ class ReferenceSassha(torch.optim.Optimizer):
     def update(self, products: Sequence[Tensor | None] | None = None) -> None:
         """The rest of the step from p.grad, after w is restored.
 
-        products holds one entry per parameter in group order: the estimate H (mean of z . Hz over samples, signed)
-        where this is a Hessian step of the parameter, None where it is a lazy one. Without perturb() before it, the
+        products holds one entry per parameter in group order, on a Hessian step the estimate H (mean of z . Hz over
+        samples, signed) of every parameter that takes part; it is None on a lazy step. Without perturb() before it, the
         step is an unperturbed one.
         """
         every = self._each()
-        products = products or [None] * len(every)
-        moved = [b is not None for b in self._backups] if self.perturbed else [True] * len(every)
         active = [
             (group, p, hess)
-            for (group, p), hess, yes in zip(every, products, moved, strict=True)
+            for (group, p), hess, yes in zip(every, products or [None] * len(every), self._in_first_pass(), strict=True)
             if p.grad is not None and yes
         ]
-        if any(hess is None and self._count(p, "hessian_step") == 0 for _, p, hess in active):
+        lazy = [p for _, p, hess in active if hess is None]
+        if any(self._never_had_hessian(p) for p in lazy):
             raise ValueError("the first step of a parameter needs its Hessian product")
+        if 0 < len(lazy) < len(active):
+            raise ValueError("on a Hessian step every parameter that takes part needs its Hessian product")
 
         guards = [p.grad for _, p in every if p.grad is not None]
         guards += [hess for _, _, hess in active if hess is not None]
@@ -212,7 +232,8 @@ class ReferenceSassha(torch.optim.Optimizer):
             return self._skip()
 
         self.restore()
-        self.hessian_evaluations += any(hess is not None for _, _, hess in active)
+        self.steps_taken += len(active) > 0
+        self.hessian_evaluations += len(active) > len(lazy)
         for group, p, hess in active:
             lr, (beta1, beta2) = float(group["lr"]), group["betas"]
             w = _wide(p)
@@ -235,8 +256,9 @@ class ReferenceSassha(torch.optim.Optimizer):
                 exp_hessian.mul_(beta2).add_(_wide(hess).abs(), alpha=1 - beta2)
                 by_step = group["bias_correction"] == "step"
                 state["hessian_step"] = state["step"] if by_step else state["hessian_step"] + 1
-            bias_correction1 = 1 - beta1 ** state["step"]
-            bias_correction2 = 1 - beta2 ** state["hessian_step"]
+            corrected = group["bias_correction"] != "none"
+            bias_correction1 = 1 - beta1 ** state["step"] if corrected else 1
+            bias_correction2 = 1 - beta2 ** state["hessian_step"] if corrected else 1
 
             denom = ((exp_hessian / bias_correction2) ** group["hessian_power"]).add_(group["eps"])
             w.addcdiv_(exp_avg, denom, value=-lr / bias_correction1)
@@ -261,12 +283,18 @@ class ReferenceSassha(torch.optim.Optimizer):
         """Every parameter with its group, in the order of products."""
         return [(group, p) for group in self.param_groups for p in group["params"]]
 
-    def _count(self, p: Tensor, counter: str) -> int:
-        return self.state[p][counter] if p in self.state else 0
+    def _in_first_pass(self) -> list[bool]:
+        """Which parameters had a gradient when perturb looked; without it the second pass is the first one, too."""
+        return [b is not None for b in self._backups] if self.perturbed else [True] * len(self._each())
 
-    def _is_due(self, group: dict[str, Any], p: Tensor) -> bool:
-        t = self._count(p, "step") + 1
-        return (t - 1) % group["hessian_interval"] == 0 or t <= group["hessian_warmup"]
+    def _never_had_hessian(self, p: Tensor) -> bool:
+        return p not in self.state or self.state[p]["hessian_step"] == 0
+
+    def _is_hessian_step(self, takes_part: Sequence[bool]) -> bool:
+        """T mod k == 0, or T < warm-up, or a parameter that takes part has never had a Hessian."""
+        scheduled = self.steps_taken % self.hessian_interval == 0 or self.steps_taken < self.hessian_warmup
+        new = any(self._never_had_hessian(p) for (_, p), yes in zip(self._each(), takes_part, strict=True) if yes)
+        return scheduled or new
 
     def _global_grad_norm(self) -> float:
         norms = []
@@ -293,20 +321,26 @@ class ReferenceSassha(torch.optim.Optimizer):
             p.grad = None if grad is None else grad.detach()
         return loss.detach(), grads
 
-    def _hessian_products(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """H = 1/S sum_s z_s . (d/dw' <g~, z_s>) of the parameters that are due, taken where the weights now are."""
+    def _hessian_products(self, grads: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+        """H = 1/S sum_s z_s . (d/dw' <g~, z_s>) where the weights now are, of every parameter that takes part.
+
+        None on a lazy step.
+        """
+        takes_part = [grad is not None and yes for grad, yes in zip(grads, self._in_first_pass(), strict=True)]
+        if not self._is_hessian_step(takes_part):
+            return None
         products: list[Tensor | None] = []
         due, start = [], 0
-        for (group, p), grad, backup in zip(self._each(), grads, self._backups, strict=True):
+        for (_, p), grad, yes in zip(self._each(), grads, takes_part, strict=True):
             hess = None
-            if grad is not None and backup is not None and self._is_due(group, p):
+            if yes:
                 hess = torch.zeros_like(_wide(p))
                 due.append((p, start, grad, hess))
             products.append(hess)
             start += p.numel()
 
         if not any(grad.requires_grad for _, _, grad, _ in due):
-            return products  # every due parameter enters the loss linearly
+            return products  # all of them enter the loss linearly
         for sample in range(self.hessian_samples):
             zs = []
             for p, start, _, _ in due:
@@ -355,8 +389,10 @@ def formula_norm(gradients: Sequence[Tensor], weights: Sequence[Tensor] | None =
 def formula_perturb(
     w: Tensor, g: Tensor, norm: float, rho: float, adaptive: bool = False, maximize: bool = False
 ) -> Perturbed:
-    """w' = w + rho g / (N + 1e-12), adaptive: w + rho w^2 g / (N + 1e-12)."""
+    """w' = w + rho g / (N + 1e-12), adaptive: w + rho w^2 g / (N + 1e-12); w' = w where the norm N is not finite."""
     w, g = w.double(), g.double()
+    if not math.isfinite(norm):
+        return Perturbed(w, w.abs())
     e_w = (-g if maximize else g) * (rho / (norm + 1e-12))
     if adaptive:
         e_w = e_w * w.square()
@@ -384,7 +420,8 @@ def formula_update(
 
     t and e are the counters before the step. With c the step size over the denominator, the terms of the new w are
     w (1 - eta lambda), c m and, since m is a sum itself, c beta1 m and c (1 - beta1) g. The sum counts as well: where
-    it passes into the next binade, the nearest float alone is a whole ulp of its terms away.
+    it passes into the next binade, the nearest float alone is a whole ulp of its terms away. With bias_correction
+    "none", c1 = c2 = 1; the counters go on as with "update".
     """
     w, g, m, D = w.double(), g.double(), m.double(), D.double()
     beta1, beta2 = betas
@@ -396,7 +433,8 @@ def formula_update(
     new_D = torch.stack(D_terms).sum(0)
     m_terms = [beta1 * m, (1 - beta1) * (-g if maximize else g)]
     new_m = m_terms[0] + m_terms[1]
-    c = lr / (1 - beta1**t) / ((new_D / (1 - beta2**e)).pow(hessian_power) + eps)
+    c1, c2 = (1.0, 1.0) if bias_correction == "none" else (1 - beta1**t, 1 - beta2**e)
+    c = lr / c1 / ((new_D / c2).pow(hessian_power) + eps)
     decayed = w * (1 - lr * weight_decay)
     new_w = decayed - c * new_m
     return Updated(

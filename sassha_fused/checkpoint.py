@@ -6,7 +6,8 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
-from .state import TENSOR_STATES
+from .checks import check_groups, check_same_corrections
+from .flat import STATES
 
 
 class AsSaved:
@@ -17,12 +18,17 @@ class AsSaved:
 
 
 def check_and_protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Refuses a state that is not Sassha's or not of these parameters; wraps each against a change of dtype."""
+    """Refuses a state that is of another kind or of other parameters; wraps each against a change of dtype."""
+    groups = [{**optimizer.defaults, **group} for group in state_dict["param_groups"]]
+    check_groups(groups)
+    if optimizer.state:
+        own, given = ([group["bias_correction"] for group in these] for these in (optimizer.param_groups, groups))
+        check_same_corrections(own, given)
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     params = [param for group in optimizer.param_groups for param in group["params"]]
     shapes = {key: param.shape for key, param in zip(keys, params, strict=False)}
     for key, state in state_dict["state"].items():
-        missing = [name for name in TENSOR_STATES if name not in state]
+        missing = [name for name in STATES if name not in state]
         if missing:
             raise ValueError(f"state_dict: the state of parameter {key!r} has no {', '.join(missing)}: is it Sassha's?")
         for name in ("exp_avg", "exp_hessian"):

@@ -1,0 +1,58 @@
+"""A step taken by a closure: one evaluation for each pass, of either kind of closure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+from .gradients import mark_used
+from .step import Step
+
+Closure = Callable[[], Tensor]
+
+_requires_grad = attrgetter("requires_grad")
+
+
+def walk(step: Step, closure: Closure, params: Sequence[Tensor]) -> Tensor:
+    """Evaluates the closure for as many passes as the step needs, and finishes it; returns the first pass's loss."""
+    losses = []
+    step.begin()
+    while True:
+        with step.gradients():
+            losses.append(evaluate(closure, params))
+        step.refuse_given_up()
+        if not step.arrive():
+            break
+    step.finish(losses)
+    mark_used(grad for param in params if (grad := param.grad) is not None)
+    return losses[0]
+
+
+@torch.enable_grad()
+def evaluate(closure: Closure, params: Sequence[Tensor]) -> Tensor:
+    """One pass: the closure, and backward unless the closure has run it; returns the loss, detached."""
+    for param in params:
+        param.grad = None
+    loss = closure()
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"closure must return the loss as a tensor, got {loss!r}")
+    if loss.numel() != 1:
+        raise ValueError(f"closure must return a scalar loss, got a tensor of shape {tuple(loss.shape)}")
+    if all(param.grad is None for param in params):
+        trainable = any(map(_requires_grad, params))
+        if trainable and not loss.requires_grad:
+            raise ValueError(
+                "closure must return a loss that requires grad, or call loss.backward() itself; got one "
+                "that was detached or computed under torch.no_grad()"
+            )
+        try:
+            if loss.requires_grad:
+                loss.backward()
+        except RuntimeError as error:
+            # Where all is frozen, a closure that runs backward itself leaves nothing to know it by.
+            if trainable or "backward through the graph a second time" not in str(error):
+                raise
+    return loss.detach()

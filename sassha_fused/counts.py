@@ -1,0 +1,92 @@
+"""What the optimizer counts: steps, Hessian evaluations, skipped steps. The host learns of a step one step late."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .flat import Selection
+from .interrupts import uninterrupted
+
+
+class Flag:
+    """Reads a one-element tensor once the device gets there, waiting for no more than what led up to it.
+
+    Fake and meta tensors (torch.export, memory estimates) have no value to read: they count as 0.
+
+    Raises:
+        RuntimeError: the current stream is being captured.
+    """
+
+    def __init__(self, flag: Tensor) -> None:
+        self._value: Tensor | None = None
+        self._written: torch.cuda.Event | None = None
+        if type(flag) is not Tensor or flag.is_meta:
+            return
+        if not flag.is_cuda:
+            self._value = flag
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "this step was captured in a CUDA graph, in whose replays nobody would count steps: "
+                "sassha_fused.graphs.GraphedStep captures and replays steps"
+            )
+        # Pinned memory, so that the copy waits for its turn on the device, and nothing waits for the copy.
+        self._value = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True)
+        self._value.copy_(flag, non_blocking=True)
+        self._written = torch.cuda.current_stream(flag.device).record_event()
+
+    def read(self) -> bool:
+        """Whether it is not 0."""
+        if self._written is not None:
+            self._written.synchronize()
+        return self._value is not None and bool(self._value)
+
+
+@dataclass
+class StepTaken:
+    """What a step does to the counts, unless the device has skipped it."""
+
+    skipped: Tensor
+    selections: Sequence[Selection]
+    evaluated: bool  # a Hessian step
+
+
+class Counts:
+    """The optimizer's own counts; those of a parameter (t and n) lie with its state.
+
+    Attributes:
+        steps: T, the steps taken; skipped ones are none.
+        evaluations: Hessian evaluations, the index on which the random signs depend.
+        skipped: steps that were skipped because something in them was not finite.
+    """
+
+    def __init__(self, steps: int = 0, evaluations: int = 0, skipped: int = 0) -> None:
+        self.set(steps, evaluations, skipped)
+
+    def set(self, steps: int, evaluations: int, skipped: int) -> None:
+        """Starts from these, and forgets the step that it has not yet counted."""
+        self.steps, self.evaluations, self.skipped = steps, evaluations, skipped
+        self._uncounted: tuple[Flag, StepTaken] | None = None
+
+    def count(self, taken: StepTaken) -> None:
+        """Counts a step as soon as the counts are needed, when it is known whether the device skipped it."""
+        self._uncounted = Flag(taken.skipped), taken
+
+    def settle(self) -> None:
+        """Counts the last step; waits for the device to be through with it."""
+        if self._uncounted is None:
+            return
+        with uninterrupted():
+            (skipped, taken), self._uncounted = self._uncounted, None
+            if skipped.read():
+                self.skipped += 1
+                return
+            self.steps += 1
+            if taken.evaluated:
+                self.evaluations += 1
+                for selection in taken.selections:
+                    selection.bucket.without_hessian.difference_update(selection.rows)

@@ -1,0 +1,122 @@
+"""A debugging aid: exact Hessian products against finite differences, parameter by parameter."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch_norm import running_stats_held
+from ..caches import forget_copies_of_weights
+from ..flat import Groups
+from ..gradients import name_of, of_groups
+from ..hessian_pass import building_graphs
+from .exact import autograd_products
+
+# Steps h relative to the weights: kinks spoil large ones, rounding small ones, and a missing part shows in all.
+_STEPS = (1e-2, 1e-3, 1e-4, 1e-5)
+
+
+def check_products(closure: Callable[[], Any], groups: Groups, tolerance: float) -> dict[str, float]:
+    r"""The difference between Hz by double backward and :math:`(g(w + hz) - g(w - hz)) / 2h`, for each parameter.
+
+    Relative to the larger norm of the two, the least of several h.
+
+    Raises:
+        ValueError: naming the parameters where it exceeds tolerance.
+    """
+    params = [param for param in of_groups(groups) if param.requires_grad]
+    kept = [param.grad for param in params]
+    weights = [param.detach().clone() for param in params]
+    try:
+        with running_stats_held():
+            gradients = _gradients(closure, params, create_graph=True)
+            reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
+            signs = _signs(params)
+            exact = autograd_products(
+                [params[i] for i in reached],
+                [gradients[i] for i in reached],  # type: ignore[misc]
+                [signs[i] for i in reached],
+                False,
+            )
+            length = float(torch.stack([w.double().norm() for w in weights]).norm())
+            probe = float(sum(z.numel() for z in signs)) ** 0.5
+            differences = dict.fromkeys(reached, float("inf"))
+            for step in _STEPS:
+                h = step * length / probe
+                ahead, behind = (_gradients(closure, _moved(params, weights, signs, s)) for s in (h, -h))
+                _moved(params, weights, signs, 0.0)
+                for i, product in zip(reached, exact, strict=True):
+                    found = (_or_zero(ahead[i], product) - _or_zero(behind[i], product)) / (2 * h)
+                    differences[i] = min(differences[i], _apart(product.double(), found))
+    finally:
+        with torch.no_grad():
+            for param, weight, gradient in zip(params, weights, kept, strict=True):
+                param.copy_(weight)
+                param.grad = gradient
+        forget_copies_of_weights()
+    result = {name_of(params[i], groups): difference for i, difference in differences.items()}
+    wrong = [f"{name} ({difference:.2g})" for name, difference in result.items() if difference > tolerance]
+    if wrong:
+        raise ValueError(
+            f"exact Hessian products disagree with finite differences by more than {tolerance} of their norm at: "
+            f"{', '.join(wrong)}. Most likely an operation that these gradients pass through has a backward that is "
+            "not made of differentiable operations, such as a kernel in a torch.autograd.Function: write its backward "
+            "with torch's operations, or mark it once_differentiable, which makes double backward an error"
+        )
+    return result
+
+
+def _gradients(closure: Callable[[], Any], params: Sequence[Tensor], create_graph: bool = False) -> list[Tensor | None]:
+    for param in params:
+        param.grad = None
+    with _same_randomness(), torch.enable_grad(), building_graphs() if create_graph else nullcontext():
+        loss = closure()
+        if all(param.grad is None for param in params) and loss is not None and loss.requires_grad:
+            loss.backward()
+    gradients = [param.grad for param in params]
+    for param in params:
+        param.grad = None
+    return gradients
+
+
+def _moved(params: Sequence[Tensor], weights: Sequence[Tensor], signs: Sequence[Tensor], h: float) -> Sequence[Tensor]:
+    """The parameters at w + h z."""
+    for param, weight, z in zip(params, weights, signs, strict=True):
+        param.copy_(weight + h * z)
+    forget_copies_of_weights()
+    return params
+
+
+def _signs(params: Sequence[Tensor]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randint(0, 2, param.shape, generator=generator) * 2 - 1).to(param.device, param.dtype)
+        for param in params
+    ]
+
+
+def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like, dtype=torch.float64) if gradient is None else gradient.detach().double()
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    larger = max(float(one.norm()), float(other.norm()))
+    return float((one - other).norm()) / larger if larger > 0 else 0.0
+
+
+@contextmanager
+def _same_randomness() -> Iterator[None]:
+    """Dropout draws the same masks in every evaluation, and the generators are as before afterwards."""
+    python = random.getstate()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(python)

@@ -1,0 +1,318 @@
+"""State in flat buffers: one of each kind per parameter group, device and dtype, with per-parameter views."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from operator import attrgetter, is_, is_not
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import check_gradients, check_parameter
+from .layout import state_dtype, view_of
+from .ops import Operators, operators
+
+# The state of a parameter starts at a multiple of this many elements: 256 bytes in the narrowest dtype.
+ALIGNMENT = 128
+
+STATES = ("step", "hessian_step", "exp_avg", "exp_hessian")
+
+Groups = Sequence[dict[str, Any]]
+States = dict[Tensor, dict[str, Any]]
+
+_grad = attrgetter("grad")
+
+
+class Edits:
+    """Whether somebody has edited the state of a parameter since it was laid out."""
+
+    def __init__(self) -> None:
+        self.made = False
+
+
+class ParameterState(dict[str, Any]):
+    """``opt.state[p]``: a dict that notes when its owner edits it. Copies and pickles are plain dicts."""
+
+    def __init__(self, entries: dict[str, Any], edits: Edits) -> None:
+        super().__init__(entries)
+        self._edits = edits
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+def _noting(name: str) -> Callable[..., Any]:
+    edit = getattr(dict, name)
+
+    def noted(self: ParameterState, *arguments: Any, **named: Any) -> Any:
+        self._edits.made = True
+        return edit(self, *arguments, **named)
+
+    return noted
+
+
+for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
+    setattr(ParameterState, _name, _noting(_name))
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter that has state, and the index of its first element among all elements of the optimizer."""
+
+    param: Tensor
+    index: int
+
+
+class Bucket:
+    """The parameters of one group, device and dtype that have state, and the flat buffers that hold it.
+
+    Attributes:
+        exp_avg, exp_hessian: m and D, in float64 for float64 parameters, else float32.
+        backup: w while the parameters are at w', in their dtype.
+        counts: int64 ``[len(params), 2]``, the rows (step, hessian_step), on the device.
+        skipped: int64 ``[1]``, 1 where the last update skipped a non-finite step.
+        evaluation: int64, the index of the Hessian evaluation under way.
+        without_hessian: the rows of the parameters that have never had a Hessian.
+        everything: all of them, as a selection without gradients.
+    """
+
+    def __init__(
+        self, group: dict[str, Any], members: Sequence[Member], states: Sequence[dict[str, Any]], backend: str
+    ) -> None:
+        first = members[0].param
+        self.params = [member.param for member in members]
+        self.offsets, total = _offsets(self.params)
+        self.device, self.dtype = first.device, first.dtype
+        self.layouts = [(param.shape, param.stride()) for param in self.params]
+        # The row whose strides tell most of a change of memory format.
+        self.telling = max(range(len(members)), key=lambda row: (self.params[row].dim(), self.params[row].numel()))
+        self.operators: Operators = operators(backend, first.device)
+        self.exp_avg = torch.zeros(total, dtype=state_dtype(first), device=first.device)
+        self.exp_hessian = torch.zeros_like(self.exp_avg)
+        self.backup = torch.zeros(total, dtype=first.dtype, device=first.device)
+        self.counts = torch.zeros((len(members), 2), dtype=torch.int64, device=first.device)
+        self.skipped = torch.zeros(1, dtype=torch.int64, device=first.device)
+        self.evaluation = torch.zeros((), dtype=torch.int64, device=first.device)
+        for row, state in enumerate(states):
+            if state:
+                for name, view in self.state_of(row).items():
+                    view.copy_(torch.as_tensor(state[name]))
+        rows = list(range(len(members)))
+        self.without_hessian = set(rows)
+        self.everything = Selection(
+            self, group, self.params, (), self.offsets, rows, [member.index for member in members]
+        )
+
+    def state_of(self, row: int) -> dict[str, Tensor]:
+        """One parameter's state, as views of the buffers."""
+        param, offset = self.params[row], self.offsets[row]
+        return {
+            "step": self.counts[row, 0],
+            "hessian_step": self.counts[row, 1],
+            "exp_avg": view_of(self.exp_avg, offset, param),
+            "exp_hessian": view_of(self.exp_hessian, offset, param),
+        }
+
+    def is_current(self, row: int) -> bool:
+        """Whether a parameter still is as its state was made: model.to(...) moves parameters in place."""
+        param = self.params[row]
+        layout = (param.shape, param.stride())
+        return param.dtype == self.dtype and param.device == self.device and layout == self.layouts[row]
+
+
+def _offsets(params: Sequence[Tensor]) -> tuple[list[int], int]:
+    offsets, total = [], 0
+    for param in params:
+        offsets.append(total)
+        total += -(-param.numel() // ALIGNMENT) * ALIGNMENT
+    return offsets, total
+
+
+@dataclass
+class Selection:
+    """Some parameters of a bucket, by their rows, and their gradients of one pass."""
+
+    bucket: Bucket
+    group: dict[str, Any]
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    offsets: Sequence[int]
+    rows: Sequence[int]
+    indices: Sequence[int]
+
+    def at(self, positions: Sequence[int]) -> Selection:
+        """The parameters at these positions of this selection, without gradients."""
+        return Selection(
+            self.bucket,
+            self.group,
+            [self.params[i] for i in positions],
+            (),
+            [self.offsets[i] for i in positions],
+            [self.rows[i] for i in positions],
+            [self.indices[i] for i in positions],
+        )
+
+    def with_grads(self, grads: Sequence[Tensor]) -> Selection:
+        """The same parameters with these gradients."""
+        return Selection(self.bucket, self.group, self.params, grads, self.offsets, self.rows, self.indices)
+
+    def backups(self) -> list[Tensor]:
+        """The stretches of the bucket's backup that belong to these parameters."""
+        return [view_of(self.bucket.backup, o, p) for o, p in zip(self.offsets, self.params, strict=True)]
+
+    def lacks_hessian(self) -> bool:
+        """Whether one of these parameters has never had a Hessian."""
+        without = self.bucket.without_hessian
+        return bool(without) and not without.isdisjoint(self.rows)
+
+    def check_shapes(self) -> None:
+        """ValueError where a parameter has changed its shape since its state was made."""
+        for row, param in zip(self.rows, self.params, strict=True):
+            _check_shape(param, self.bucket.layouts[row][0])
+
+
+def with_gradients(selections: Sequence[Selection]) -> list[Selection]:
+    """What of these selections has a gradient now, with it."""
+    found = []
+    for selection in selections:
+        grads = list(map(_grad, selection.params))
+        if not all(map(is_not, grads, repeat(None))):
+            present = [i for i, grad in enumerate(grads) if grad is not None]
+            if not present:
+                continue
+            selection, grads = selection.at(present), [grads[i] for i in present]
+        found.append(selection.with_grads(grads))
+    return found
+
+
+def _check_shape(param: Tensor, shape: torch.Size) -> None:
+    if param.shape != shape:
+        raise ValueError(f"a parameter now has shape {tuple(param.shape)}, but its state has {tuple(shape)}")
+
+
+def _same(ones: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(ones) == len(others) and all(map(is_, ones, others))
+
+
+class FlatState:
+    """The flat state of an optimizer, its buckets laid out anew where what it was made for has changed.
+
+    Attributes:
+        buckets: where the state lies.
+        laid_out: whether it lies as groups and states asked for when it was last looked at.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.buckets: list[Bucket] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Lays the state out anew when it is next needed, from what opt.state then holds."""
+        self.laid_out = False
+        self._edits = Edits()
+        self._stateless: list[Tensor] = []
+        self._params: list[list[Tensor]] = []
+        self._states: list[dict[str, Any]] = []
+
+    def select(self, groups: Groups, states: States, settle: Callable[[], None]) -> list[Selection]:
+        """The parameters that have a gradient, by bucket; the first gradient gives a parameter its state.
+
+        settle brings the host's counts up to date, which may wait for the device: done only where they are needed.
+        """
+        if self.is_outdated(groups, states):
+            settle()
+            self.lay_out(groups, states)
+        return with_gradients([bucket.everything for bucket in self.buckets])
+
+    def is_outdated(self, groups: Groups, states: States) -> bool:
+        """Whether a parameter waits for its state, or someone has edited the groups, their parameters or the states."""
+        return (
+            not self.laid_out
+            or self._edits.made
+            or any(param.grad is not None for param in self._stateless)
+            or not _same(list(states.values()), self._states)
+            or len(groups) != len(self._params)
+            or not all(_same(group["params"], params) for group, params in zip(groups, self._params, strict=True))
+            or not all(bucket.is_current(bucket.telling) and bucket.is_current(0) for bucket in self.buckets)
+        )
+
+    def is_current(self) -> bool:
+        """Whether every parameter still is as its state was made."""
+        return all(bucket.is_current(row) for bucket in self.buckets for row in range(len(bucket.params)))
+
+    def lacks_hessian(self, groups: Groups) -> bool:
+        """Whether a parameter that has a gradient now has never had a Hessian."""
+        known = {p: row in b.without_hessian for b in self.buckets for row, p in enumerate(b.params)}
+        return any(known.get(p, True) for group in groups for p in group["params"] if p.grad is not None)
+
+    def lay_out(self, groups: Groups, states: States) -> None:
+        """Makes the buckets: what is in states moves into flat buffers, and what has a gradient gets its state.
+
+        Raises:
+            ValueError: the first gradient of a parameter is sparse or of another shape, dtype or device; or an entry of
+                states that someone has edited is incomplete or of another shape than its parameter.
+        """
+        known = {p: row not in b.without_hessian for b in self.buckets for row, p in enumerate(b.params)}
+        edited = self._edits.made
+        made: list[Bucket] = []
+        stateless: list[Tensor] = []
+        for group, members in _members(groups, states, stateless):
+            made.append(Bucket(group, members, [_state_of(states, m.param) for m in members], self.backend))
+        self._edits = Edits()
+        for bucket in made:
+            for row, param in enumerate(bucket.params):
+                old = _state_of(states, param)
+                # Read from the state only where no bucket knows: a device's counts would have to be waited for.
+                had = known.get(param) if not edited else None
+                if old and (int(old["hessian_step"]) > 0 if had is None else had):
+                    bucket.without_hessian.discard(row)
+        for bucket in made:
+            for row, param in enumerate(bucket.params):
+                states[param] = ParameterState({**states.get(param, {}), **bucket.state_of(row)}, self._edits)
+        self.buckets = made
+        self._stateless = stateless
+        self._params = [list(group["params"]) for group in groups]
+        self._states = list(states.values())
+        self.laid_out = True
+
+
+def _state_of(states: States, param: Tensor) -> dict[str, Any]:
+    """What states holds of a parameter, beside what other people may have put there; nothing where it was emptied."""
+    state = states.get(param, {})
+    missing = [name for name in STATES if name not in state]
+    if len(missing) == len(STATES):
+        return {}
+    if missing:
+        raise ValueError(
+            f"opt.state of a parameter of shape {tuple(param.shape)} has no {', '.join(missing)} any more: put it "
+            "back, or empty the whole entry to have it start anew"
+        )
+    for name in ("exp_avg", "exp_hessian"):
+        _check_shape(param, torch.as_tensor(state[name]).shape)
+    return state
+
+
+def _members(
+    groups: Groups, states: States, stateless: list[Tensor]
+) -> Iterator[tuple[dict[str, Any], Sequence[Member]]]:
+    """The parameters with state, or with a gradient that asks for one, by group, device and dtype."""
+    index = 0
+    for group in groups:
+        members: dict[tuple[torch.device, torch.dtype], list[Member]] = defaultdict(list)
+        for param in dict.fromkeys(group["params"]):
+            if _state_of(states, param):
+                members[param.device, param.dtype].append(Member(param, index))
+            elif param.grad is not None:
+                check_parameter(param)
+                check_gradients([param], [param.grad])
+                members[param.device, param.dtype].append(Member(param, index))
+            else:
+                stateless.append(param)
+            index += param.numel()
+        for chosen in members.values():
+            yield group, chosen

@@ -1,0 +1,158 @@
+"""The second pass of a Hessian step: gradients come with their graph, and nothing on the way loses it unnoticed."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+NO_GRAPH = (
+    "this is a Hessian step, and the gradients carry no graph to differentiate a second time. Ways out: run the second "
+    "pass within opt.hessian_pass(), or call loss.backward(create_graph=opt.hessian_due) in it; or give step() a "
+    "closure, and the optimizer sees to it"
+)
+
+
+def _run_last_hook_first(param: Tensor) -> None:
+    # Hooks run in the order in which they were put into this dict.
+    hooks: dict[int, Any] = param._backward_hooks  # type: ignore[assignment]
+    *others, last = hooks.items()
+    hooks.clear()
+    hooks.update([last, *others])
+
+
+class GradientWatch:
+    """Notes for each parameter how its gradients arrive, before any other hook can detach or replace them.
+
+    A gradient without a graph may be that of a parameter that enters the loss linearly, or one that has lost its graph:
+    what arrives tells which.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self._with_graph: set[Tensor] = set()
+        self._without_grad_mode: set[Tensor] = set()
+        self._arrived: set[Tensor] = set()
+        self._handles = []
+        for param in params:
+            self._handles.append(param.register_hook(self._noting(param)))
+            _run_last_hook_first(param)
+
+    def _noting(self, param: Tensor) -> Callable[[Tensor], None]:
+        def note(gradient: Tensor) -> None:
+            self._arrived.add(param)
+            if not torch.is_grad_enabled():
+                self._without_grad_mode.add(param)
+            elif gradient.requires_grad:
+                self._with_graph.add(param)
+
+        return note
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @property
+    def saw_graph(self) -> bool:
+        """Whether some backward pass has built the graph of its gradients."""
+        return bool(self._arrived - self._without_grad_mode)
+
+    def fault(self, param: Tensor, gradient: Tensor) -> str | None:
+        """Why this gradient's curvature is not known; None where it is, that of a linear parameter being 0."""
+        if param in self._without_grad_mode:
+            return (
+                "came from a backward without create_graph=True: one of several, or one inside a reentrant checkpoint "
+                "(use_reentrant=False works)"
+            )
+        if gradient.requires_grad:
+            return None
+        if param in self._with_graph:
+            return (
+                "has lost its graph since it arrived: a hook or an assignment detached it, or it was computed anew "
+                "under no_grad (write into it in place, as clip_grad_norm_ does, or keep its graph)"
+            )
+        if param not in self._arrived:
+            return "was assigned without a graph"
+        return None
+
+
+class _Backward(TorchFunctionMode):
+    """Has every ``loss.backward()`` build the graph of its gradients."""
+
+    def __init__(self, around: Callable[[Tensor], AbstractContextManager[Any]]) -> None:
+        super().__init__()
+        self._around = around
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not Tensor.backward:
+            return func(*args, **(kwargs or {}))
+        with self._around(args[0]):
+            return func(*args, **{**(kwargs or {}), "create_graph": True})
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Attention by torch's own arithmetic, and compiled models as written: both can be differentiated twice."""
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        # Only where somebody has compiled something: the first import of torch._dynamo takes seconds.
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def building_graphs(around: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext) -> Iterator[None]:
+    """Within it, ``backward()`` gives gradients their graph; around is entered with the loss for each."""
+    with twice_differentiable(), _Backward(around):
+        yield
+
+
+def leaves_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The leaf tensors that a backward from these gives gradients, but for those inside reentrant checkpoints."""
+    ahead = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen, found = set(ahead), []
+    while ahead:
+        for node, _ in ahead.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                ahead.append(node)
+                if hasattr(node, "variable"):  # an AccumulateGrad
+                    found.append(node.variable)
+    return found
+
+
+@contextmanager
+def set_aside(params: Sequence[Tensor]) -> Iterator[None]:
+    """What the block does to the gradients of these is undone: they have had theirs in the first pass."""
+    before = [param.grad for param in params]
+    for param in params:
+        param.grad = None
+    try:
+        yield
+    finally:
+        for param, gradient in zip(params, before, strict=True):
+            param.grad = gradient
+
+
+@functools.cache
+def show_no_warning_of_cycles() -> None:
+    """Torch warns once per process that create_graph=True makes cycles, which steps break as soon as they can.
+
+    Done at a time when no model is running: to filter warnings around every backward would have Python forget which
+    warnings of the model it has shown.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.ones((), device="cpu", requires_grad=True).backward(create_graph=True)

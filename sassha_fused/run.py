@@ -1,0 +1,68 @@
+"""What an optimizer knows beside torch's groups and state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .checks import AcceptedGroups
+from .counts import Counts
+from .flat import FlatState, Groups
+from .hessian_pass import GradientWatch
+
+if TYPE_CHECKING:
+    from .step import Step
+
+
+@dataclass(eq=False)
+class Run:
+    """The run-time record of an optimizer.
+
+    Created once and mutated, never rebound: Lightning and Fabric wrap an optimizer in a subclass whose reads fall
+    through to it and whose writes do not.
+
+    Attributes:
+        flat: where the state lies.
+        hvp: the name of the source of Hessian products.
+        step: the step under way.
+        given_up: what ended the step under way before its time, until step() has said so.
+        watch: hooks of a hessian_pass() that no step owns yet.
+        others: parameters outside the optimizer that its losses reach, as the last Hessian pass found them.
+    """
+
+    flat: FlatState
+    hvp: str
+    counts: Counts = field(default_factory=Counts)
+    accepted: AcceptedGroups = field(default_factory=AcceptedGroups)
+    step: Step | None = None
+    given_up: str | None = None
+    watch: GradientWatch | None = None
+    others: Sequence[Tensor] = ()
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the weights are at w'."""
+        return self.step is not None and self.step.perturbed
+
+    @property
+    def second_pass(self) -> bool:
+        """Whether this step's batch has been through the network once, at w, and now goes through it at w'."""
+        return self.perturbed
+
+    def is_scheduled(self, groups: Groups) -> bool:
+        """Whether the coming step is a Hessian step by the schedule."""
+        steps = self.counts.steps
+        interval: int = groups[0]["hessian_interval"]
+        return steps % interval == 0 or steps < groups[0]["hessian_warmup"]
+
+    def raise_given_up(self, error: BaseException | None = None) -> None:
+        """ValueError where somebody has given the step up that was under way."""
+        if self.given_up is not None:
+            because, self.given_up = self.given_up, None
+            raise ValueError(
+                f"the step under way was given up, its weights put back to w, by {because} between its passes: save "
+                "and copy before perturb() or after step(), or in the handler of a signal"
+            ) from error
