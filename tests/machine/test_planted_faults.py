@@ -43,9 +43,6 @@ PRODUCTS = (
 LARGEST = f"{SKIPPED}::test_the_largest_finite_gradients_and_products_skip_no_step[float32-cuda_emulated]"
 PERTURB_SIZES = f"{PERTURB}[every size-float32-cuda_emulated]"
 PERTURB_ALIGNMENTS = f"{PERTURB}[every size at every alignment-float32-cuda_emulated]"
-UPDATE_SIZES = f"{UPDATE}[hessian-every size-float32-cuda_emulated]"
-UPDATE_MANY = f"{UPDATE}[not hessian-57 tensors-float32-cuda_emulated]"
-NORM_SIZES = f"{NORM}[not adaptive-every size-float32-cuda_emulated]"
 SIGN_INDEX = f"{FOLDER}/test_signs.py::test_signs_from_any_index_on_are_those_of_the_reference[12345-cuda_emulated]"
 STANDSTILL = f"{FOLDER}/test_standstill.py"
 GIVEN = f"{STANDSTILL}::test_a_given_norm_that_is_not_finite_moves_no_weight"
@@ -85,11 +82,9 @@ FAULTS = {
     # reduce.h
     "no barrier before a sum": Fault("reduce.h", "being read.\n  __syncthreads();\n", "being read.\n", (SUMS,), ()),
     "no barrier within a sum": Fault(
-        "reduce.h", "/ kWarp] = x;\n  __syncthreads();\n", "/ kWarp] = x;\n", (NORM_SIZES,), NORM_FILE
+        "reduce.h", "/ kWarp] = x;\n  __syncthreads();\n", "/ kWarp] = x;\n", (NORM,), NORM_FILE
     ),
-    "half a warp is summed": Fault(
-        "reduce.h", "distance = kWarp / 2", "distance = kWarp / 4", (NORM_SIZES,), NORM_FILE
-    ),
+    "half a warp is summed": Fault("reduce.h", "distance = kWarp / 2", "distance = kWarp / 4", (NORM,), NORM_FILE),
     # vectors.h
     "a tail is one too short": Fault(
         "vectors.h", "static_cast<int>(left) :", "static_cast<int>(left) - 1 :", (PERTURB_SIZES,), PERTURB_FILE
@@ -122,13 +117,13 @@ FAULTS = {
     # table.h
     "a tensor is one too long": Fault("table.h", "- missing[entry];", "- missing[entry] + 1;", (AROUND,), PERTURB_FILE),
     "a table holds one more than it has room for": Fault(
-        "table.h", "> AnyTable::kCapacity ||", "> AnyTable::kCapacity + 1 ||", (FULL_TABLE,), PERTURB_FILE
+        "table.h", "> AnyTable::kCapacity ||", "> AnyTable::kCapacity + 1 ||", (f"{FULL_TABLE}[1549]",), PERTURB_FILE
     ),
     "a tensor's first unit is not its own": Fault(
-        "table.h", "first_unit[middle] <= unit", "first_unit[middle] < unit", (UPDATE_SIZES,), UPDATE_FILE
+        "table.h", "first_unit[middle] <= unit", "first_unit[middle] < unit", (UPDATE,), UPDATE_FILE
     ),
     "the unit behind a tensor is its own": Fault(
-        "table.h", "unit < first_unit[entry + 1]", "unit <= first_unit[entry + 1]", (UPDATE_SIZES,), UPDATE_FILE
+        "table.h", "unit < first_unit[entry + 1]", "unit <= first_unit[entry + 1]", (UPDATE,), UPDATE_FILE
     ),
     "a gap is left out": Fault("table.h", "if (gap > 0) append", "if (false) append", (LEFT_OUT,), PERTURB_FILE),
     "a part before the last one is a gap": Fault("table.h", "(full || gap < 0)", "(full)", (DESCENDING,), PERTURB_FILE),
@@ -149,7 +144,7 @@ FAULTS = {
         "grad_norm.cu", "partial.count += blocks;", "partial.count = blocks;", (f"{FULL_TABLE}[2501]",), NORM_FILE
     ),
     "the last block's sum is lost": Fault(
-        "grad_norm.cu", "partial.count += blocks;", "partial.count += blocks - 1;", (NORM_SIZES,), NORM_FILE
+        "grad_norm.cu", "partial.count += blocks;", "partial.count += blocks - 1;", (NORM,), NORM_FILE
     ),
     "the measured norm is kept": Fault(
         "perturb.cu", "*a.norm = norm;", "(void)norm;", (f"{FULL_TABLE}[986]",), PERTURB_FILE
@@ -182,15 +177,15 @@ FAULTS = {
         "update.cu", "if (u.guard_grads && u.products)", "if (false)", (PRODUCTS,), UPDATE_FILE
     ),
     "steps are not counted": Fault(
-        "update.cu", "    a.steps[2 * row] = a.prepared[row].step;\n", "", (UPDATE_SIZES,), UPDATE_FILE
+        "update.cu", "    a.steps[2 * row] = a.prepared[row].step;\n", "", (UPDATE,), UPDATE_FILE
     ),
     "Hessian steps are not counted": Fault(
-        "update.cu", "    a.steps[2 * row + 1] = a.prepared[row].hessian_step;\n", "", (UPDATE_SIZES,), UPDATE_FILE
+        "update.cu", "    a.steps[2 * row + 1] = a.prepared[row].hessian_step;\n", "", (UPDATE,), UPDATE_FILE
     ),
     "only the first threads' rows are counted": Fault(
         "update.cu", "entry += gridDim.x * kThreads", "entry += a.table.count", (ONE_BLOCK,), UPDATE_FILE
     ),
-    "a gap has a row": Fault("update.cu", "if (row < 0) continue;", "", (UPDATE_MANY,), UPDATE_FILE),
+    "a gap has a row": Fault("update.cu", "if (row < 0) continue;", "", (UPDATE,), UPDATE_FILE),
     "an uncorrected step is corrected": Fault(
         "../math/sassha.h", "h.bias_correction != BiasCorrection::kNone", "true", (COUNTS,), UPDATE_FILE
     ),
@@ -253,5 +248,5 @@ def test_a_planted_fault_is_seen(forks: Forks, csrc: Path, name: str) -> None:
 def test_a_process_that_ends_by_a_signal_or_finds_no_test_is_told_apart(forks: Forks) -> None:
     assert forks.run("--no-such-option").returncode > FAILED
     assert forks.run(*OPTIONS, f"{TABLES}::no_such_test").returncode > FAILED
-    done = forks.run(*OPTIONS, NORM_SIZES, SASSHA_EMULATION_ORDER="odd")
+    done = forks.run(*OPTIONS, NORM, SASSHA_EMULATION_ORDER="odd")
     assert done.returncode < 0 and "SASSHA_EMULATION_ORDER must be" in done.stdout

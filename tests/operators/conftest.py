@@ -4,5 +4,5 @@ import pytest
 
 from tests.support.problems import single_threaded
 
-# What more threads do is a test of its own (test_same_bits.py).
+# What more threads do is a test of its own (test_agreement.py).
 one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
