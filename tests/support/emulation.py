@@ -20,6 +20,7 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from sassha_fused.ops import NAMES, Operators
+from tests.support.turns import turn
 
 # The name of the backend that these are.
 BACKEND = "cuda_emulated"
@@ -112,7 +113,11 @@ def build(options: Sequence[str] = PLAIN, *, changed: Path | None = None, only: 
     changed: a copy of csrc from which the files named in only are compiled, in place of the repository's. Where both
     define the same function, theirs is the one that the library has.
     """
-    BUILD.mkdir(parents=True, exist_ok=True)
+    with turn(BUILD):
+        return _build(options, changed, only)
+
+
+def _build(options: Sequence[str], changed: Path | None, only: Sequence[str]) -> Path:
     csrc = ROOT / "csrc"
     names = ["schema.cpp", "cuda/torch.cpp", *(f"cuda/{path.name}" for path in sorted((csrc / "cuda").glob("*.cu")))]
     assert set(only) <= set(names)

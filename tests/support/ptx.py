@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from sassha_fused.ops import NAMES, Operators
 from tests.support import arena, emulation
+from tests.support.turns import turn
 
 BUILD = emulation.ROOT / "build" / "ptx"
 ARCHITECTURE = "compute_90"
@@ -44,13 +46,12 @@ def build(csrc: Path = emulation.ROOT / "csrc", architecture: str = ARCHITECTURE
     """The PTX of every file in csrc/cuda; what was compiled before, from the same headers, is not compiled again."""
     compiler = emulation.nvcc()
     assert compiler is not None, "nvcc was not found"
-    BUILD.mkdir(parents=True, exist_ok=True)
     command = (compiler, "-ptx", *FLAGS, f"-arch={architecture}", "-ccbin", emulation.compiler().split()[0])
     shared = hashlib.sha256("\0".join((*command[1:], _run(compiler, "--version"))).encode())
     for header in sorted(csrc.rglob("*.h")):
         shared.update(f"\0{header.relative_to(csrc)}\0".encode() + header.read_bytes())
-    found = []
-    for source in sorted((csrc / "cuda").glob("*.cu")):
+
+    def compile_one(source: Path) -> Path:
         key = shared.copy()
         key.update(source.read_bytes())
         path = BUILD / f"{source.stem}-{architecture}-{key.hexdigest()[:32]}.ptx"
@@ -58,8 +59,10 @@ def build(csrc: Path = emulation.ROOT / "csrc", architecture: str = ARCHITECTURE
             unfinished = path.with_suffix(f".{os.getpid()}")
             _run(*command, f"-I{csrc}", str(source), "-o", str(unfinished))
             unfinished.rename(path)
-        found.append(path)
-    return found
+        return path
+
+    with turn(BUILD), ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sorted((csrc / "cuda").glob("*.cu"))))
 
 
 @functools.cache

@@ -9,10 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -34,6 +33,7 @@ from sassha_fused.triton_kernels import hutchinson, norm, perturb, rademacher, u
 from sassha_fused.triton_kernels import launch as starting
 from sassha_fused.triton_kernels.table import Table
 from tests.support import arena
+from tests.support.turns import turn
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = "sm_90"
@@ -57,12 +57,12 @@ def build() -> Path:
     for source in (compiler, *sorted((ROOT / "triton_kernels").glob("*.py"))):
         key.update(f"\0{source.name}\0".encode() + source.read_bytes())
     folder = BUILD / f"{ARCHITECTURE}-{key.hexdigest()[:32]}"
-    if not folder.exists():
-        unfinished = BUILD / f"unfinished-{os.getpid()}"
-        compile_all(unfinished, (ARCHITECTURE,), cache=BUILD / "cache")
-        with suppress(OSError):  # another process was first
+    with turn(BUILD):
+        if not folder.exists():
+            unfinished = BUILD / "unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            compile_all(unfinished, (ARCHITECTURE,), cache=BUILD / "cache")
             unfinished.rename(folder)
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
