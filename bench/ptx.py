@@ -12,8 +12,8 @@ Registers and stack are those that cuobjdump prints of NVIDIA's machine code, wh
 a stack: without one nothing can be spilled. For AMD they are the vector registers and the scratch memory that the
 metadata of the assembly names. The shared memory is what Triton asks for.
 
-Not seen: that ptxas might make other accesses than those of PTX, which
-tests/machine/test_triton_code.py looks at for some kernels; and 8-byte accesses beside the 16-byte ones. Of AMD, scalar registers that are kept in lanes of vector
+Not seen: that ptxas might make other accesses than those of PTX, which tests/machine/test_triton_code.py looks at for
+some kernels; and 8-byte accesses beside the 16-byte ones. Of AMD, scalar registers that are kept in lanes of vector
 registers, for which no memory is moved, are not counted as spills, nor global_* instructions as accesses: they reach
 tables, counts and sums, the streams are reached by buffer_*.
 """

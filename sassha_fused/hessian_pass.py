@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -119,18 +120,54 @@ def building_graphs(around: Callable[[Tensor], AbstractContextManager[Any]] = nu
         yield
 
 
-def leaves_of(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The leaf tensors that a backward from these gives gradients, but for those inside reentrant checkpoints."""
-    ahead = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-    seen, found = set(ahead), []
-    while ahead:
-        for node, _ in ahead.pop().next_functions:
-            if node is not None and node not in seen:
-                seen.add(node)
-                ahead.append(node)
-                if hasattr(node, "variable"):  # an AccumulateGrad
-                    found.append(node.variable)
-    return found
+def nodes_of(tensors: Iterable[Tensor]) -> list[Any]:
+    """The nodes of the graph behind these, but for those inside reentrant checkpoints."""
+    nodes = list({tensor.grad_fn: None for tensor in tensors if tensor.grad_fn is not None})
+    seen = set(nodes)
+    for node in nodes:
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return nodes
+
+
+def leaves_of(nodes: Iterable[Any]) -> list[Tensor]:
+    """The leaf tensors among them, which a backward gives gradients."""
+    return [node.variable for node in nodes if hasattr(node, "variable")]
+
+
+@contextmanager
+def warning_of_constants(nodes: Iterable[Any]) -> Iterator[None]:
+    """Warns of custom functions whose backward, when it runs, breaks the graph: to double backward it is a constant."""
+    handles = [
+        node.register_hook(functools.partial(_warn_of_constant, node))
+        for node in nodes
+        if isinstance(node, BackwardCFunction)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _warn_of_constant(node: Any, to_inputs: Sequence[Tensor | None], of_outputs: Sequence[Tensor | None]) -> None:
+    given = [gradient for gradient in to_inputs if gradient is not None]
+    if not given or any(gradient.requires_grad for gradient in given):
+        return
+    # A function that is linear gives gradients without a graph where it gets such; it has nothing to save.
+    if any(gradient is not None and gradient.requires_grad for gradient in of_outputs) or node.saved_tensors:
+        _warn_once(type(node).__name__.removesuffix("Backward"))
+
+
+@functools.cache
+def _warn_once(function: str) -> None:
+    warnings.warn(
+        f"the backward of {function} is not made of differentiable operations: its part of the Hessian is taken for 0. "
+        "opt.check_products(closure) says which parameters that concerns; write its backward with torch's operations",
+        stacklevel=2,
+    )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .checks import DTYPES, check_gradients
+from .checks import BIAS_CORRECTIONS, DTYPES, check_gradients
 from .flat import Selection
 
 Products = Sequence[Sequence[Tensor]]

@@ -52,8 +52,8 @@ def with_way_out(error: RuntimeError) -> str:
     return (
         f"{error}\n\nThis was the double backward of a Hessian step of sassha_fused. Where it is an operator that "
         "cannot be differentiated twice: run the second pass within opt.hessian_pass(), which avoids those that torch "
-        "has a substitute for (attention, compiled models; closures are run in it anyway); else write that operation with "
-        "others (nn.Embedding and a mean for nn.EmbeddingBag), or leave its parameters to another optimizer"
+        "has a substitute for (attention, compiled models; closures are run in it anyway); else write that operation "
+        "with others (nn.Embedding and a mean for nn.EmbeddingBag), or leave its parameters to another optimizer"
     )
 
 

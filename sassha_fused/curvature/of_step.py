@@ -12,7 +12,16 @@ from torch import Tensor
 from .. import passes
 from ..flat import Groups, Selection, with_gradients
 from ..gradients import detach, name_of, of_groups
-from ..hessian_pass import NO_GRAPH, GradientWatch, building_graphs, leaves_of, set_aside, twice_differentiable
+from ..hessian_pass import (
+    NO_GRAPH,
+    GradientWatch,
+    building_graphs,
+    leaves_of,
+    nodes_of,
+    set_aside,
+    twice_differentiable,
+    warning_of_constants,
+)
 from ..run import Run
 from .estimate import estimate
 from .exact import SOURCES
@@ -67,13 +76,11 @@ class Curvature:
     def _around_backward(self, loss: Tensor, repeated: bool) -> Iterator[None]:
         """Keeps the graph from the gradients of parameters that no step under way is about."""
         about = {param for one in {self, *_under_way} for param in of_groups(one._groups)}
-        self._run.others = [leaf for leaf in leaves_of([loss]) if leaf not in about]
-        if repeated:
-            with set_aside(self._run.others):
-                yield
-        else:
+        nodes = nodes_of([loss])
+        self._run.others = [leaf for leaf in leaves_of(nodes) if leaf not in about]
+        with warning_of_constants(nodes), set_aside(self._run.others) if repeated else nullcontext():
             yield
-            detach(self._run.others)
+        detach(self._run.others)
 
     def take(self) -> None:
         """Takes the products where this is a Hessian step and they were not taken of the gradients that are there.
@@ -123,7 +130,7 @@ class Curvature:
         """Lets go of the graph of these gradients, and of those that others have got of it."""
         graph = [grad for selection in selections for grad in selection.grads]
         awaited = {param for one in _under_way if one is not self for param in of_groups(one._groups)}
-        detach([leaf for leaf in leaves_of(graph) if leaf not in awaited])
+        detach([leaf for leaf in leaves_of(nodes_of(graph)) if leaf not in awaited])
         detach(of_groups(self._groups))
 
     def refuse_others(self, selections: Sequence[Selection]) -> None:
