@@ -29,10 +29,10 @@ pytestmark = backends.marks_of(NAME)
 
 
 @pytest.fixture
-def runs() -> list[arena.Run]:
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[arena.Run]:
     """The launches of this test, as they come."""
-    found: list[arena.Run] = backends.executed(NAME).runs
-    found.clear()
+    found: list[arena.Run] = []
+    monkeypatch.setattr(backends.executed(NAME), "runs", found)
     return found
 
 

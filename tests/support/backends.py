@@ -55,7 +55,7 @@ def missing(backend: str) -> str | None:
 
 @functools.cache
 def executed(backend: str) -> Any:
-    """An executed backend, which notes its launches."""
+    """An executed backend."""
     return importlib.import_module(f"tests.support.{EXECUTED[backend]}").Backend()
 
 

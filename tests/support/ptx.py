@@ -11,7 +11,7 @@ import hashlib
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -84,10 +84,11 @@ class Backend:
     tensor, a misaligned access or a barrier that not all threads reach raises ptxrun.PtxError.
     """
 
-    runs: list[arena.Run] = field(default_factory=list)
+    # Of those who want to know; what was counted of a launch takes much memory.
+    runs: list[arena.Run] | None = None
 
     def operators(self) -> Operators:
-        """The five functions; each notes its launches in runs."""
+        """The five functions; each notes its launches in runs, if that is a list."""
         return cast(Operators, SimpleNamespace(**{name: functools.partial(self._call, name) for name in NAMES}))
 
     def _call(self, name: str, *arguments: Any) -> Tensor | None:
@@ -104,4 +105,5 @@ class Backend:
     def _launch(self, memory: arena.Memory, launch: emulation.Launch) -> None:
         kernel = kernels()[launch.name]
         stats = kernel.launch(launch.blocks, launch.threads, [launch.arguments], memory, **arena.CHECKS)
-        self.runs.append(arena.Run(launch.name, launch.blocks, launch.threads, stats))
+        if self.runs is not None:
+            self.runs.append(arena.Run(launch.name, launch.blocks, launch.threads, stats))

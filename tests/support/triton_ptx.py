@@ -12,7 +12,7 @@ import inspect
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
@@ -142,10 +142,11 @@ class Backend:
     """
 
     multiprocessors: int = MULTIPROCESSORS
-    runs: list[arena.Run] = field(default_factory=list)
+    # Of those who want to know; what was counted of a launch takes much memory.
+    runs: list[arena.Run] | None = None
 
     def operators(self) -> Operators:
-        """The five functions; each notes its launches in runs."""
+        """The five functions; each notes its launches in runs, if that is a list."""
         return cast(Operators, SimpleNamespace(**{name: functools.partial(self._call, name) for name in NAMES}))
 
     def _call(self, name: str, *arguments: Any) -> Tensor | None:
@@ -197,4 +198,5 @@ class Backend:
         for value, (name, kind, _) in zip(values, code.params):
             assert kind.startswith("f") or isinstance(value, int), f"{name} is {kind}, and given {value!r}"
         stats = code.launch(programs, entry.threads, values, memory, shared_bytes=entry.shared, **arena.CHECKS)
-        self.runs.append(arena.Run(entry.variant.name, programs, entry.threads, stats))
+        if self.runs is not None:
+            self.runs.append(arena.Run(entry.variant.name, programs, entry.threads, stats))
