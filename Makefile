@@ -6,12 +6,15 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 EXTENSION := sassha_fused/_C.abi3.so
 CXX_SOURCES := $(shell find csrc tests/support/cuda_emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 PYTHONS := python3.11 python3 python3.12 python3.13 python3.10
+# Of the tests: each has one thread, for more only get in each other's way. WORKERS=8 make test has more of them.
+WORKERS := 2
+TESTS := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist=worksteal --costs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # No recipe calls make, and ninja trips over the job server of a make -j that it cannot reach.
 unexport MAKEFLAGS
-.PHONY: help demo test bench sass ptx lint format build wheel clean compiler
+.PHONY: help demo check test bench sass ptx lint format build wheel clean compiler
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -19,8 +22,11 @@ help: ## list the targets
 demo: compiler $(EXTENSION) $(VENV)/.demo ## train a small ResNet on MNIST digits, fused against the plain loop, AdamW and SGD
 	$(VENV)/bin/python -m examples.mnist
 
-test: compiler $(EXTENSION) ## run the tests, and measure their coverage
-	$(VENV)/bin/python -m pytest --cov --cov-report=term-missing
+check: compiler $(EXTENSION) ## run the quick tests, in under two minutes: backends cpu and eager, nothing marked slow
+	$(TESTS) -m "not slow and not gpu"
+
+test: compiler $(EXTENSION) ## run all tests, and measure their coverage
+	$(TESTS) --cov --cov-report=term-missing
 
 bench: compiler $(EXTENSION) ## time the optimizer step; the JSON goes to .benchmarks
 	$(VENV)/bin/python -m pytest bench

@@ -5,6 +5,14 @@ import os
 import torch
 from hypothesis import settings
 
+from tests.support.costs import (  # noqa: F401
+    pytest_addoption,
+    pytest_collection_finish,
+    pytest_runtest_logreport,
+    pytest_runtest_makereport,
+    pytest_terminal_summary,
+)
+
 # No deadline: the first call of anything in torch is slow. In CI the examples are the same in every run.
 settings.register_profile("project", deadline=None, max_examples=50, print_blob=True)
 settings.register_profile("project-ci", settings.get_profile("project"), derandomize=True, database=None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import subprocess
 import sys
@@ -12,79 +11,70 @@ from pathlib import Path
 import pytest
 
 from tests.support import emulation
-from tests.support.cases import (
-    DTYPES,
-)
+from tests.support.backends import marks_of
 from tests.support.emulation import BACKEND
-from tests.support.problems import single_threaded
+
+pytestmark = marks_of(BACKEND)
 
 ORDERS = ("forward", "reversed", "shuffled")
 
-# Of the conformance tests those of this backend; of the files that have no other all.
+# Of the tests of operators those of this backend; of the files that have no other all.
 KEYWORD = f"{BACKEND} or test_emulation or test_long_tensors or test_tables"
+# What the kernels print as they abort must come through.
+OPTIONS = ("-q", "-x", "-p", "no:cacheprovider", "--capture=sys", "-k", KEYWORD)
 
 # A copy of csrc in place of the repository's, for what is compiled here.
 CSRC_VARIABLE = "SASSHA_TEST_CSRC"
 
-one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The conformance tests in another order, and under sanitizers
+# The tests of operators in every order of threads and blocks, under sanitizers
 
-# All kernels and dtypes; every size, alignment and layout; 1, 57 and 1000 tensors; steps that are skipped.
+# All kernels and dtypes; every size, alignment and layout; one tensor and many; steps that are skipped.
 CONFORMANCE = {
-    "tests/operators/test_operators.py": (
+    "perturb": (
         "test_perturb_moves_every_element_by_the_formula_and_nothing_else",
         "test_perturb_measures_the_norm_that_grad_norm_does",
+    ),
+    "update": (
         "test_update_changes_every_element_by_the_formula_and_nothing_else",
+        "test_update_is_the_formula_in_every_mode",
         "test_update_takes_products_in_the_dtype_of_the_state",
         "test_a_tensor_takes_the_place_of_the_learning_rate",
-        "test_one_sample_of_the_estimate_is_the_product_with_its_signs",
-        "test_any_one_of_several_guards_skips_the_step",
-        "test_a_skipped_step_brings_back_every_size_and_layout",
-        "test_norm_is_exact_to_a_few_ulp_of_float64",
-        "test_one_element_that_is_not_finite_shows_in_the_norm",
     ),
-    "tests/operators/test_modes.py": (
+    "standstill": (
         "test_a_given_norm_that_is_not_finite_moves_no_weight",
         "test_a_measured_norm_that_is_not_finite_moves_no_weight",
     ),
-    "tests/operators/test_signs.py": (
+    "hutchinson": (
+        "test_one_sample_of_the_estimate_is_the_product_with_its_signs",
+        "test_the_estimate_starts_at_zero_and_ends_as_the_mean",
+    ),
+    "skipped_steps": (
+        "test_any_one_of_several_guards_skips_the_step",
+        "test_one_element_that_is_not_finite_skips_the_step_where_gradients_are_guards",
+        "test_a_skipped_step_brings_back_every_size_and_layout",
+    ),
+    "norm": (
+        "test_norm_is_exact_to_a_few_ulp_of_float64",
+        "test_one_element_that_is_not_finite_shows_in_the_norm",
+    ),
+    "signs": (
         "test_the_first_signs_are_the_bits_of_the_known_answer",
         "test_signs_do_not_repeat_past_the_32_bits_of_a_counter_word",
         "test_signs_follow_the_memory_of_dense_tensors_and_the_rows_of_others",
         "test_many_tensors_have_the_signs_of_one",
     ),
 }
-# Of these only some of the many parameters.
-SAMPLED = (
-    "tests/operators/test_operators.py::test_update_is_the_formula_in_every_mode[False-update-0.7-{hessian}-{dtype}-{backend}]",
-    "tests/operators/test_operators.py::test_update_is_the_formula_in_every_mode[True-step-1.0-{hessian}-{dtype}-{backend}]",
-    "tests/operators/test_modes.py::test_an_uncorrected_update_is_the_formula[False-1.0-{hessian}-{dtype}-{backend}]",
-    "tests/operators/test_operators.py::test_the_estimate_starts_at_zero_and_ends_as_the_mean[2-{dtype}-{backend}]",
-    "tests/operators/test_operators.py::test_one_element_that_is_not_finite_skips_the_step_where_gradients_are_guards"
-    "[nan-products-{dtype}-{backend}]",
-)
-
-
-def conformance() -> list[str]:
-    """Test ids: a name that is no more ends the run with an error."""
-    names = [f"{file}::{name}" for file, tests in CONFORMANCE.items() for name in tests]
-    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    choices = itertools.product(SAMPLED, ("lazy", "hessian"), dtypes)
-    ids = [test.format(hessian=hessian, dtype=dtype, backend=BACKEND) for test, hessian, dtype in choices]
-    return [*names, *dict.fromkeys(ids)]
+# Test ids: a name that is no more ends the run with an error.
+TESTS = [f"tests/operators/test_{file}.py::{name}" for file, names in CONFORMANCE.items() for name in names]
 
 
 def run_tests(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs pytest on the emulated kernels in a process of its own, up to the first failure."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
-    # What the kernels print as they abort must come through.
-    options = ("-q", "-x", "-p", "no:cacheprovider", "--capture=sys", "-k", KEYWORD)
-    command = [sys.executable, "-m", "pytest", *options, *arguments]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("COVERAGE_", "PYTEST_"))}
     return subprocess.run(
-        command,
+        [sys.executable, "-m", "pytest", *OPTIONS, *arguments],
         cwd=emulation.ROOT,
         # In CI the examples are the same in every run, and none is kept.
         env=inherited | {"CI": "1"} | variables,
@@ -117,26 +107,16 @@ def sanitizer() -> dict[str, str] | str:
     return environment
 
 
-@pytest.mark.parametrize("order", ORDERS[1:])
-def test_the_order_of_threads_and_blocks_changes_no_result(order: str) -> None:
-    done = run_tests(*conformance(), SASSHA_EMULATION_ORDER=order)
-    assert done.returncode == 0, done.stdout[-6000:]
-
-
 @pytest.mark.parametrize("order", ORDERS)
-def test_sanitizers_find_nothing_in_any_order(order: str) -> None:
+def test_sanitizers_find_nothing_in_any_order_of_threads_and_blocks_which_changes_no_result(order: str) -> None:
     environment = sanitizer()
-    if isinstance(environment, str):
-        pytest.skip(environment)
-    library = str(emulation.build(options=emulation.SANITIZED))
-    variables = {emulation.LIBRARY_VARIABLE: library, "SASSHA_EMULATION_ORDER": order}
-    done = run_tests(*conformance(), **environment, **variables)
+    variables = {"SASSHA_EMULATION_ORDER": order}
+    if not isinstance(environment, str):
+        variables |= environment | {emulation.LIBRARY_VARIABLE: str(emulation.build(emulation.SANITIZED))}
+    done = run_tests(*TESTS, **variables)
     assert done.returncode == 0, done.stdout[-6000:]
-
-
-def test_an_order_that_does_not_exist_stops_the_run() -> None:
-    done = run_tests(SAMPLED[0].format(hessian="lazy", dtype="float32", backend=BACKEND), SASSHA_EMULATION_ORDER="odd")
-    assert done.returncode < 0 and "SASSHA_EMULATION_ORDER must be forward, reversed or shuffled" in done.stdout
+    if isinstance(environment, str):
+        pytest.skip(f"no result changes, but {environment}")
 
 
 # No kernel of today calls block_sum twice, which it is made for.
@@ -172,12 +152,12 @@ int main() {
 """
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_one_sum_over_a_block_may_follow_another(tmp_path: Path, order: str) -> None:
+def test_one_sum_over_a_block_may_follow_another(tmp_path: Path) -> None:
     csrc = os.environ.get(CSRC_VARIABLE, str(emulation.ROOT / "csrc"))
     source, program = tmp_path / "two_sums.cpp", tmp_path / "two_sums"
     source.write_text(TWO_SUMS)
     emulation._run(*emulation._FLAGS, f"-I{csrc}", str(source), "-rdynamic", "-ldl", "-o", str(program))
-    environment = os.environ | {"SASSHA_EMULATION_ORDER": order}
-    done = subprocess.run([program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for order in ORDERS:
+        environment = os.environ | {"SASSHA_EMULATION_ORDER": order}
+        done = subprocess.run([program], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{order}: {done.stdout}{done.stderr}"

@@ -246,21 +246,21 @@ def test_capturing_a_step_by_hand_is_refused_and_says_what_to_use() -> None:
 
 
 # Every operator, size, alignment and layout, and a step that is skipped. Of Triton's kernels none: in its stead
-# tests/machine/test_triton_ptx.py.
+# those of backend triton_ptx.
 SANITIZED = {
-    "test_operators.py": "(perturb_moves or update_changes or one_sample or norm_is_exact or brings_back) and not 1000"
-    " and not triton",
-    "test_signs.py": "(any_index or memory) and not triton",
+    "perturb update hutchinson norm skipped_steps": "(perturb_moves or update_changes or one_sample or norm_is_exact or"
+    " brings_back) and not many and not triton",
+    "signs": "(any_index or memory) and not triton",
 }
 
 
-@pytest.mark.parametrize("file", SANITIZED)
+@pytest.mark.parametrize("files", SANITIZED)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
-def test_compute_sanitizer_finds_nothing(tool: str, file: str) -> None:
+def test_compute_sanitizer_finds_nothing(tool: str, files: str) -> None:
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer was not found: it comes with the CUDA toolkit")
-    chosen = ["-m", "gpu", "-k", SANITIZED[file], f"tests/operators/{file}"]
+    chosen = ["-m", "gpu", "-k", SANITIZED[files], *(f"tests/operators/test_{name}.py" for name in files.split())]
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
     options = [f"--tool={tool}", "--error-exitcode=9", "--target-processes=all"]
     if tool != "initcheck":  # which must see what torch's kernels have written

@@ -15,11 +15,11 @@ from bench.shapes import MODELS
 from sassha_fused import Sassha, ops
 from sassha_fused.curvature import exact
 from tests.support import emulation
-from tests.support.backends import BACKENDS
+from tests.support.backends import marks_of
 from tests.support.cases import sparse
 from tests.support.emulation import BACKEND
 
-assert BACKEND in BACKENDS
+pytestmark = marks_of(BACKEND)
 
 Shape = tuple[int, ...]
 Launches = dict[str, int]

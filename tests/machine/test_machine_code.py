@@ -12,6 +12,8 @@ from bench.budgets import HESSIAN_BYTES, LAZY_BYTES
 from bench.bytes import POWERS, SIZES, VECTOR_BYTES, Kernel, kernels, traffic
 from bench.sass import ARCHITECTURES, LIBRARY, NO_TOOL, MachineCode, demangled, find_cuobjdump, parsed, read, shown
 
+pytestmark = pytest.mark.slow
+
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 VECTOR = 8 * VECTOR_BYTES  # bits
 

@@ -28,8 +28,10 @@ from bench.ptx import (
 )
 from bench.sass import NO_TOOL, MachineCode, find_cuobjdump, functions
 from bench.triton_code import BYTES, POWERS, STATES, TARGETS, Compiled
+from tests.support.turns import turn
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+pytestmark = pytest.mark.slow
 
 # What a thread may be given; more where a vector has eight elements, and where these meet a logarithm. With both, a
 # multiprocessor still runs four programs of 128 threads.
@@ -70,7 +72,8 @@ _AMD_PLAIN = re.compile(r"v\d+, \S+ \S+ neg\(0\)( .*)?|v\d+, \S+ 1\.0, \S+( .*)?
 
 @pytest.fixture(scope="module")
 def everything() -> list[Compiled]:
-    return compile_all()
+    with turn(FOLDER):
+        return compile_all()
 
 
 @pytest.fixture(scope="module", params=TARGETS)

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.operators import test_operators
-from tests.support import emulation
-from tests.support.backends import operators_of
+from tests.support import calls, emulation
+from tests.support.backends import marks_of, operators_of
 from tests.support.cases import (
     PART_ALIGNMENT,
     Case,
@@ -26,12 +25,11 @@ from tests.support.cases import (
     sparse,
     units,
 )
+from tests.support.checks import check_hutchinson, check_perturb, check_skip, check_update, exact_norm
 from tests.support.emulation import BACKEND
-from tests.support.problems import single_threaded
 from tests.support.reference import signs
 
-one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
-
+pytestmark = marks_of(BACKEND)
 
 BLOCK = 8 * 512  # elements that a block takes at a time
 HEAD = 2 * BLOCK
@@ -144,31 +142,31 @@ class Spread:
 @pytest.fixture(params=[2**31 + 300, 2**32 + 300], ids=["2^31+300", "2^32+300"])
 def spread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Spread:
     spread = Spread(request.param)
-    monkeypatch.setattr(test_operators, "operators_of", lambda _: spread)
+    monkeypatch.setattr(calls, "operators_of", lambda _: spread)
     return spread
 
 
 def test_perturb_reaches_elements_beyond_32_bits(spread: Spread) -> None:
-    test_operators.check_perturb(BACKEND, spread.case(), 7.3)
+    check_perturb(BACKEND, spread.case(), 7.3)
 
 
 @pytest.mark.parametrize("hessian", [False, True], ids=["lazy", "hessian"])
 def test_update_reaches_elements_beyond_32_bits(spread: Spread, hessian: bool) -> None:
-    test_operators.check_update(BACKEND, spread.case(), hessian)
+    check_update(BACKEND, spread.case(), hessian)
 
 
 def test_a_skipped_step_brings_back_elements_beyond_32_bits(spread: Spread) -> None:
-    test_operators.check_skip(BACKEND, spread.case(), torch.tensor(math.inf))
+    check_skip(BACKEND, spread.case(), torch.tensor(math.inf))
 
 
 @pytest.mark.parametrize("sample", [0, 1])
 def test_the_estimate_reaches_elements_beyond_32_bits(spread: Spread, sample: int) -> None:
-    test_operators.check_hutchinson(BACKEND, spread.case(), sample, 2)
+    check_hutchinson(BACKEND, spread.case(), sample, 2)
 
 
 def test_signs_reach_elements_beyond_32_bits(spread: Spread) -> None:
     case = spread.case()
-    test_operators.run_rademacher(BACKEND, case, 5, 6, 7)
+    calls.run_rademacher(BACKEND, case, 5, 6, 7)
     for z, index in zip(case.params, case.indices, strict=True):
         assert_same_bits(z, signs(index, z.numel(), 5, 6, 7).bfloat16(), "signs")
 
@@ -176,6 +174,6 @@ def test_signs_reach_elements_beyond_32_bits(spread: Spread) -> None:
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_the_norm_counts_elements_beyond_32_bits(spread: Spread, adaptive: bool) -> None:
     case = spread.case()
-    expected = test_operators.exact_norm(case.grads, case.params if adaptive else None)
-    norm = test_operators.norm_of(BACKEND, case.grads, case.params, adaptive)
+    expected = exact_norm(case.grads, case.params if adaptive else None)
+    norm = calls.norm_of(BACKEND, case.grads, case.params, adaptive)
     assert norm == pytest.approx(expected, rel=8 * 2**-53, abs=0)

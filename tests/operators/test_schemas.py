@@ -15,6 +15,7 @@ from sassha_fused import eager
 from sassha_fused.checks import BIAS_CORRECTIONS
 from sassha_fused.ops import NAMES
 from tests.support.backends import BACKENDS, marks_of, operators_of
+from tests.support.calls import arguments_of
 from tests.support.cases import (
     PART_ALIGNMENT,
     Case,
@@ -24,69 +25,8 @@ from tests.support.cases import (
     assert_untouched,
     make_case,
 )
-from tests.support.problems import single_threaded
-
-one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
 
 NAMESPACE = torch.ops.sassha_fused
-
-
-def arguments_of(name: str, case: Case) -> dict[str, Any]:
-    """Arguments for an operator, by the names of its schema."""
-    return {
-        "grad_norm": {"grads": case.grads, "params": case.params, "adaptive": True},
-        "perturb_": {
-            "params": case.params,
-            "grads": case.grads,
-            "backup": case.backup,
-            "offsets": case.offsets,
-            "norm": torch.tensor(3.0, dtype=torch.float64, device=case.backup.device),
-            "measure": True,
-            "rho": 0.2,
-            "adaptive": False,
-            "maximize": False,
-        },
-        "rademacher_": {
-            "signs": case.params,
-            "indices": case.indices,
-            "seed": 1,
-            "evaluation": torch.tensor(2, device=case.backup.device),
-            "sample": 3,
-        },
-        "hutchinson_": {
-            "products": case.products,
-            "estimate": case.estimate,
-            "offsets": case.offsets,
-            "indices": case.indices,
-            "seed": 1,
-            "evaluation": torch.tensor(2, device=case.backup.device),
-            "sample": 1,
-            "samples": 3,
-        },
-        "update_": {
-            "params": case.params,
-            "grads": case.grads,
-            "products": case.products,
-            "backup": case.backup,
-            "exp_avg": case.exp_avg,
-            "exp_hessian": case.exp_hessian,
-            "steps": case.steps,
-            "skipped": case.skipped,
-            "offsets": case.offsets,
-            "rows": case.rows,
-            "guards": [torch.tensor(1.0, device=case.backup.device)],
-            "guard_grads": True,
-            "lr_tensor": None,
-            "lr": 0.1,
-            "beta1": 0.9,
-            "beta2": 0.999,
-            "eps": 1e-4,
-            "weight_decay": 0.01,
-            "hessian_power": 0.5,
-            "bias_correction": 0,
-            "maximize": False,
-        },
-    }[name]
 
 
 def small_case(dtype: torch.dtype = torch.float32) -> Case:
@@ -103,10 +43,10 @@ def variants(name: str, case: Case) -> list[dict[str, Any]]:
     arguments = arguments_of(name, case)
     others: dict[str, list[dict[str, Any]]] = {
         "grad_norm": [{"params": [], "adaptive": False}],
-        "perturb_": [{"measure": False}],
+        "perturb_": [{"measure": True}],
         "update_": [
-            {"products": [], "guard_grads": False},
-            {"lr_tensor": torch.tensor(0.1)},
+            {"products": []},
+            {"lr_tensor": torch.tensor(0.1), "guard_grads": True},
             {"guards": [torch.tensor(math.nan), torch.tensor(1.0, dtype=torch.float64)]},
         ],
     }

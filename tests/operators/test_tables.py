@@ -14,9 +14,20 @@ import torch
 from torch import Tensor
 
 from sassha_fused.ops import NAMES
-from tests.operators import test_operators
 from tests.support import emulation
-from tests.support.backends import operators_of
+from tests.support.backends import marks_of, operators_of
+from tests.support.calls import (
+    HYPER,
+    hutchinson,
+    perturb,
+    run,
+    run_hutchinson,
+    run_measured_perturb,
+    run_perturb,
+    run_rademacher,
+    run_update,
+    update,
+)
 from tests.support.cases import (
     Case,
     Spec,
@@ -30,11 +41,10 @@ from tests.support.cases import (
     units,
     whole,
 )
+from tests.support.checks import check_hutchinson, check_perturb, check_update
 from tests.support.emulation import BACKEND
-from tests.support.problems import single_threaded
 
-one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
-
+pytestmark = marks_of(BACKEND)
 
 # Fills the tables of, in turn: update_ on a Hessian step and a lazy one, perturb_ and signs, the norm.
 CAPACITIES = (985, 1300, 1548, 2500)
@@ -65,28 +75,22 @@ def assert_as_on_the_cpu(case: Case) -> None:
     """Every operator leaves the same bits behind on both backends."""
     results = []
     for name in (BACKEND, "cpu"):
-        done: dict[str, Any] = {"perturb": test_operators.perturb(name, case, 7.3, 0.2, True, False)}
+        done: dict[str, Any] = {"perturb": perturb(name, case, 7.3, 0.2, True, False)}
         for hessian in (False, True):
-            done[f"update {hessian}"] = test_operators.update(
-                name, case, test_operators.HYPER, hessian, guard_grads=True
-            )
-        done["skip"] = test_operators.update(name, case, test_operators.HYPER, True, [torch.tensor(math.nan)])
+            done[f"update {hessian}"] = update(name, case, HYPER, hessian, guard_grads=True)
+        done["skip"] = update(name, case, HYPER, True, [torch.tensor(math.nan)])
         for sample in (0, 1):
-            done[f"hutchinson {sample}"] = test_operators.hutchinson(name, case, 5, 6, sample, 2)
+            done[f"hutchinson {sample}"] = hutchinson(name, case, 5, 6, sample, 2)
         done["rademacher"] = case.to("cpu")
-        test_operators.run_rademacher(name, done["rademacher"], 5, 6, 7)
+        run_rademacher(name, done["rademacher"], 5, 6, 7)
         # Of small integers the sums of squares are exact, in whatever order they are taken.
         integers = [(torch.arange(g.numel()) % 7 - 3).to(g.dtype).view(g.shape) for g in case.grads]
         for adaptive in (False, True):
-            norm = operators_of(name).grad_norm(integers, integers, adaptive)
-            done[f"norm {adaptive}"] = norm
+            done[f"norm {adaptive}"] = operators_of(name).grad_norm(integers, integers, adaptive)
             measured = case.to("cpu")
             measured.params, measured.grads = ([g.clone() for g in integers] for _ in range(2))
-            own = torch.full_like(norm, math.nan)
-            operators_of(name).perturb_(
-                measured.params, measured.grads, measured.backup, case.offsets, own, True, 0.2, adaptive, False
-            )
-            done[f"measured {adaptive}"], done[f"own norm {adaptive}"] = measured, own
+            done[f"own norm {adaptive}"] = run_measured_perturb(name, measured, adaptive)
+            done[f"measured {adaptive}"] = measured
         results.append(done)
     for key, expected in results[1].items():
         compare = assert_same_case if isinstance(expected, Case) else functools.partial(assert_same_bits, what=key)
@@ -155,10 +159,10 @@ def test_numbers_around_the_tensors_stay_as_they_are(dtype: torch.dtype) -> None
         for t in tensors:
             memory = whole(t)
             memory.copy_(memory.nan_to_num(1.5))
-    test_operators.check_perturb(BACKEND, case, 7.3)
-    test_operators.check_hutchinson(BACKEND, case, 1, 2)
+    check_perturb(BACKEND, case, 7.3)
+    check_hutchinson(BACKEND, case, 1, 2)
     for hessian in (False, True):
-        test_operators.check_update(BACKEND, case, hessian)
+        check_update(BACKEND, case, hessian)
 
 
 def test_one_block_does_the_work_of_all() -> None:
@@ -171,11 +175,11 @@ def test_empty_lists_are_a_step_of_no_tensors() -> None:
     case = chosen(make_case(torch.float32, [Spec((5,))]), [])
     results = []
     for name in (BACKEND, "cpu"):
-        done = [test_operators.perturb(name, case, 7.3, 0.2, False, False)]
-        done.append(test_operators.hutchinson(name, case, 5, 6, 0, 1))
+        done = [perturb(name, case, 7.3, 0.2, False, False)]
+        done.append(hutchinson(name, case, 5, 6, 0, 1))
         for guard in (1.0, math.nan):
-            done.append(test_operators.update(name, case, test_operators.HYPER, False, [torch.tensor(guard)]))
-        test_operators.run_rademacher(name, case, 5, 6, 7)
+            done.append(update(name, case, HYPER, False, [torch.tensor(guard)]))
+        run_rademacher(name, case, 5, 6, 7)
         results.append(done)
         with pytest.raises(RuntimeError):
             operators_of(name).grad_norm([], [], False)
@@ -188,9 +192,9 @@ def test_empty_lists_are_a_step_of_no_tensors() -> None:
 # What the launchers refuse
 
 WRITERS: dict[str, Callable[[Case], None]] = {
-    "perturb_": lambda case: test_operators.run_perturb(BACKEND, case, 7.3, 0.2, False, False),
-    "hutchinson_": lambda case: test_operators.run_hutchinson(BACKEND, case, 5, 6, 0, 1),
-    "update_": lambda case: test_operators.run_update(BACKEND, case, test_operators.HYPER, False),
+    "perturb_": lambda case: run_perturb(BACKEND, case, 7.3, 0.2, False, False),
+    "hutchinson_": lambda case: run_hutchinson(BACKEND, case, 5, 6, 0, 1),
+    "update_": lambda case: run_update(BACKEND, case, HYPER, False),
 }
 each_writer = pytest.mark.parametrize("operator", WRITERS)
 
@@ -237,23 +241,6 @@ def test_tensors_too_long_for_one_table_together_go_into_several() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_launch_that_fails_is_an_error_that_names_the_operator(name: str) -> None:
     case = chosen(singles(), range(3))
-    operators, number = operators_of("cuda_emulated"), torch.tensor(1)
-    norm = torch.ones((), dtype=torch.float64)
-    numbers = (0.1, 0.9, 0.999, 1e-4, 0.0, 0.5, 0, False)
-    calls: dict[str, Callable[[], object]] = {
-        "grad_norm": lambda: operators.grad_norm(case.grads, [], False),
-        "perturb_": lambda: operators.perturb_(
-            case.params, case.grads, case.backup, case.offsets, norm, False, 0.1, False, False
-        ),
-        "rademacher_": lambda: operators.rademacher_(case.params, case.indices, 0, number, 0),
-        "hutchinson_": lambda: operators.hutchinson_(
-            case.products, case.estimate, case.offsets, case.indices, 0, number, 0, 1
-        ),
-        "update_": lambda: operators.update_(
-            *(case.params, case.grads, [], case.backup, case.exp_avg, case.exp_hessian, case.steps, case.skipped),
-            *(case.offsets, case.rows, [norm], False, None, *numbers),
-        ),
-    }
     with emulation.refused(), pytest.raises(RuntimeError, match=f"sassha_fused::{name}: CUDA error: invalid argument"):
-        calls[name]()
-    calls[name]()
+        run(BACKEND, name, case)
+    run(BACKEND, name, case)

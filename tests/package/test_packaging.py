@@ -21,6 +21,8 @@ import sassha_fused
 from sassha_fused.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
 FILES = ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
 
 # Runs in the unpacked wheel, and prints the backends after one step that must go down the hill.

@@ -19,14 +19,19 @@ from bench.bytes import kernels
 from bench.sass import NO_TOOL, demangled, find_cuobjdump, shown
 from sassha_fused.ops import NAMES
 from sassha_fused.version import __version__
+from tests.support.turns import turn
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
 KERNEL_SOURCES = len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
 
-pytestmark = pytest.mark.skipif(
-    not list((ROOT / "sassha_fused").glob("_C*.so")), reason="_C was not built: a wheel would compile it for minutes"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not list((ROOT / "sassha_fused").glob("_C*.so")),
+        reason="_C was not built: a wheel would compile it for minutes",
+    ),
+]
 
 Ask = Callable[[str], Any]
 
@@ -55,7 +60,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--dist-dir",
         str(directory / "dist"),
     ]
-    run(command, ROOT)
+    with turn(ROOT / "build"):
+        run(command, ROOT)
     (built,) = (directory / "dist").glob("*.whl")
     return built
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import mmap
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.operators.test_operators import HYPER, norm_of, run_hutchinson, run_perturb, run_rademacher, run_update
-from tests.support.cases import Case, part
+from tests.support.cases import part
 
 # What every launch is checked for.
 CHECKS: dict[str, Any] = {"race": "full", "uninit": True, "strict": True}
@@ -196,45 +193,3 @@ def _converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return convert(value)
     return [_converted(item, convert) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What moves
-
-# 16 bytes at a time, as PTX spells it.
-WIDE = re.compile(r"\.v4\.[a-z]32|\.v2\.[a-z]64")
-LONG = (1 << 15, 1 << 14, 3 << 12)  # elements
-
-# In bytes of a parameter (p) and of its state (s): what an operator reads and writes of each element. In float32, where
-# both are 4, these are the floors of the design: 4 for the norm, 16, 4, 8 and 12, 24 and 32.
-FLOORS: dict[str, tuple[Callable[[str, Case], None], str, str]] = {
-    "norm": (lambda name, case: void(norm_of(name, case.grads)), "p", ""),
-    "adaptive norm": (lambda name, case: void(norm_of(name, case.grads, case.params, True)), "pp", ""),
-    "perturb": (lambda name, case: run_perturb(name, case, 7.3, 0.2, False, False), "pp", "pp"),
-    "adaptive perturb": (lambda name, case: run_perturb(name, case, 7.3, 0.2, True, False), "pp", "pp"),
-    "rademacher": (lambda name, case: run_rademacher(name, case, 1, 2, 3), "", "p"),
-    "first sample": (lambda name, case: run_hutchinson(name, case, 1, 2, 0, 2), "p", "s"),
-    "last sample": (lambda name, case: run_hutchinson(name, case, 1, 2, 1, 2), "ps", "s"),
-    "lazy update": (lambda name, case: run_update(name, case, HYPER, False), "ppss", "ps"),
-    "hessian update": (lambda name, case: run_update(name, case, HYPER, True), "pppss", "pss"),
-    "skipped update": (lambda name, case: run_update(name, case, HYPER, True, [torch.tensor(math.nan)]), "p", "p"),
-}
-FLOAT32_BYTES = {
-    "norm": 4,
-    "perturb": 16,
-    "rademacher": 4,
-    "first sample": 8,
-    "last sample": 12,
-    "lazy update": 24,
-    "hessian update": 32,
-}
-
-
-def void(_: object) -> None:
-    """Drops a result."""
-
-
-def wide_sectors(stats: ptxrun.Stats, kind: str) -> int:
-    """Sectors of 32 bytes that loads (ld) or stores (st) of 16 bytes at a time ask for."""
-    lines = stats.lines.values()
-    return sum(sectors for text, _, _, sectors in lines if f"{kind}.global" in text and WIDE.search(text))

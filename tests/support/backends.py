@@ -1,7 +1,11 @@
 """The backends under test: a new one joins every conformance test by adding its name here."""
 
+from __future__ import annotations
+
+import functools
+import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +14,7 @@ import torch
 from sassha_fused import ops
 from sassha_fused.ops import Operators, operators
 from tests.support import emulation
+from tests.support.pairs import every_pair
 
 ops.BACKENDS[emulation.BACKEND] = ops.Backend(("cpu",), lambda: None, emulation.emulated)
 
@@ -28,20 +33,79 @@ if torch.cuda.is_available():
 # What the others must equal bit for bit, where the arithmetic fixes every bit.
 BASELINE = "eager"
 
-
-def marks_of(backend: str) -> list[pytest.MarkDecorator]:
-    """The marks of a test of this backend."""
-    return [pytest.mark.gpu] if BACKENDS[backend] == "cuda" else []
-
-
 # Those that run as Python: every tensor, and every few thousand elements, take milliseconds.
 INTERPRETED = {name for name in ("triton",) if BACKENDS.get(name) == "cpu"}
 
-_PARAMETERS = [pytest.param(name, marks=marks_of(name)) for name in BACKENDS]
-each_backend = pytest.mark.parametrize("backend", _PARAMETERS)
-each_other_backend = pytest.mark.parametrize("backend", [p for p in _PARAMETERS if p.values != (BASELINE,)])
-# For what would take them minutes, or has nothing to do with them.
-each_quick_backend = pytest.mark.parametrize("backend", [p for p in _PARAMETERS if p.values[0] not in INTERPRETED])
+# What the compilers of CUDA and of Triton make of the kernels, run on tensors of the CPU by an interpreter of PTX: the
+# module of each. Their operators are tested, but no whole steps, which would take hours.
+EXECUTED = {"cuda_ptx": "ptx", "triton_ptx": "triton_ptx"}
+
+
+@functools.cache
+def missing(backend: str) -> str | None:
+    """Why an executed backend cannot be used here, or None."""
+    if importlib.util.find_spec("ptxrun") is None:
+        return "ptxrun, an interpreter of PTX, is not on PYTHONPATH"
+    if backend == "triton_ptx" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if backend == "cuda_ptx" and emulation.nvcc() is None:
+        return "nvcc was not found"
+    return None
+
+
+@functools.cache
+def executed(backend: str) -> Any:
+    """An executed backend."""
+    return importlib.import_module(f"tests.support.{EXECUTED[backend]}").Backend()
+
+
+def device_of(backend: str) -> str:
+    """The device of the tensors that a backend is tested on."""
+    return "cpu" if backend in EXECUTED else BACKENDS[backend]
+
+
+def operators_of(backend: str) -> Operators:
+    """The operators of a backend; ValueError with the reason where it cannot be used."""
+    if backend in EXECUTED:
+        found: Operators = executed(backend).operators()
+        return found
+    return operators(backend, torch.device(BACKENDS[backend]))
+
+
+def evaluation_on(backend: str, evaluation: int) -> torch.Tensor:
+    """The index of a Hessian evaluation as the operators of a backend take it."""
+    return torch.tensor(evaluation, device=device_of(backend))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tests for each of them
+
+# Those of one thread whose tests take long: of them only short lists.
+SLOW = (*INTERPRETED, *EXECUTED)
+QUICK = [name for name in BACKENDS if name not in INTERPRETED]
+
+
+def marks_of(backend: str) -> list[pytest.MarkDecorator]:
+    """The marks of a test of this backend."""
+    if backend in EXECUTED:
+        reason = missing(backend)
+        return [pytest.mark.slow, pytest.mark.skipif(reason is not None, reason=f"{backend}: {reason}")]
+    if BACKENDS[backend] == "cuda":
+        return [pytest.mark.gpu]
+    return [] if backend in ("eager", "cpu") else [pytest.mark.slow]
+
+
+def each_of(backends: Iterable[str]) -> pytest.MarkDecorator:
+    """Each of some backends."""
+    return pytest.mark.parametrize("backend", [pytest.param(name, marks=marks_of(name)) for name in backends])
+
+
+each_backend = each_of(BACKENDS)
+each_other_backend = each_of(name for name in BACKENDS if name != BASELINE)
+# For what would take interpreted ones minutes, or has nothing to do with them.
+each_quick_backend = each_of(QUICK)
+# For what takes few examples of them.
+each_slow_backend = each_of(SLOW)
 
 
 def each_backend_and(
@@ -59,11 +123,23 @@ def each_backend_and(
     )
 
 
-def operators_of(backend: str) -> Operators:
-    """The operators of a backend; ValueError with the reason where it cannot be used."""
-    return operators(backend, torch.device(BACKENDS[backend]))
+def _name_of(argument: str, value: Any) -> str:
+    """A value as it stands in a test's name."""
+    if isinstance(value, bool):
+        return argument if value else f"not {argument}"
+    return str(value).removeprefix("torch.")
 
 
-def evaluation_on(backend: str, evaluation: int) -> torch.Tensor:
-    """The index of a Hessian evaluation as the operators of a backend take it."""
-    return torch.tensor(evaluation, device=BACKENDS[backend])
+def each_backend_with(
+    *, without: Sequence[str] = (), few: dict[str, Sequence[Any]] | None = None, **values: Sequence[Any]
+) -> pytest.MarkDecorator:
+    """Each backend, executed ones too, with combinations in which every pair of values is found (see every_pair).
+
+    without: backends that are left out. few: what slow ones get in place of values.
+    """
+    cases = []
+    for backend in [name for name in (*BACKENDS, *EXECUTED) if name not in without]:
+        for row in every_pair(**{**values, **((few or {}) if backend in SLOW else {})}):
+            identity = "-".join([*(_name_of(*item) for item in row.items()), backend])
+            cases.append(pytest.param(backend, *row.values(), marks=marks_of(backend), id=identity))
+    return pytest.mark.parametrize(", ".join(["backend", *values]), cases)

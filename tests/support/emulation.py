@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from sassha_fused.ops import NAMES, Operators
+from tests.support.turns import turn
 
 # The name of the backend that these are.
 BACKEND = "cuda_emulated"
@@ -56,39 +58,76 @@ def compiler() -> str:
     return found
 
 
+def nvcc() -> str | None:
+    """CUDA's compiler, looked for where setup.py looks."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next(filter(None, map(shutil.which, places)), None)
+
+
 def _run(*command: str) -> str:
     done = subprocess.run([*compiler().split(), *command], capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
     return done.stdout
 
 
-def build(csrc: Path = ROOT / "csrc", options: Sequence[str] = PLAIN) -> Path:
-    """Builds the emulated kernels from a copy of csrc; what was compiled before is not compiled again."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    sources = [
-        csrc / "schema.cpp",
-        csrc / "cuda" / "torch.cpp",
-        *sorted((csrc / "cuda").glob("*.cu")),
-        HERE / "scope.cpp",
-        HERE / "control.cpp",
-    ]
+_INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 
-    def compile_one(source: Path) -> Path:
-        # Where a copy lies must not show in __FILE__, or its unchanged sources would be compiled again.
-        place = (f"-I{csrc}", f"-ffile-prefix-map={csrc}=csrc")
-        arguments = (*_FLAGS, *options, *place)
-        language = ("-x", "c++", str(source))
-        preprocessed = _run(*arguments, "-E", "-P", *language)
-        key = hashlib.sha256("\0".join((*_FLAGS, *options, preprocessed)).encode()).hexdigest()
-        object_file = BUILD / f"{source.stem}-{key[:32]}.o"
-        if not object_file.exists():
-            unfinished = object_file.with_suffix(f".{os.getpid()}.o")
-            _run(*arguments, "-c", *language, "-o", str(unfinished))
-            unfinished.rename(object_file)
-        return object_file
 
+def _includes(source: Path, csrc: Path) -> dict[str, str]:
+    """The text of a source and of all that it includes of the project, by name."""
+    found: dict[str, str] = {}
+    waiting = [source]
+    while waiting:
+        file = waiting.pop()
+        name = str(file.relative_to(csrc if file.is_relative_to(csrc) else HERE))
+        if name not in found:
+            found[name] = file.read_text()
+            places = [folder / included for included in _INCLUDE.findall(found[name]) for folder in (csrc, HERE)]
+            waiting += [place for place in places if place.is_file()]
+    return found
+
+
+@functools.cache
+def _versions() -> str:
+    return f"{_run('--version')}{torch.__version__}"
+
+
+def _compile(source: Path, csrc: Path, options: Sequence[str]) -> Path:
+    """The object file of a source; what was compiled before is not compiled again."""
+    # Where a copy lies must not show in __FILE__, or its objects would differ.
+    place = (f"-I{csrc}", f"-ffile-prefix-map={csrc}=csrc")
+    contents = [text for item in sorted(_includes(source, csrc).items()) for text in item]
+    key = hashlib.sha256("\0".join((_versions(), *_FLAGS, *options, *contents)).encode()).hexdigest()
+    object_file = BUILD / f"{source.stem}-{key[:32]}.o"
+    if not object_file.exists():
+        unfinished = object_file.with_suffix(f".{os.getpid()}.o")
+        _run(*_FLAGS, *options, *place, "-c", "-x", "c++", str(source), "-o", str(unfinished))
+        unfinished.rename(object_file)
+    return object_file
+
+
+def build(options: Sequence[str] = PLAIN, *, changed: Path | None = None, only: Sequence[str] = ()) -> Path:
+    """Builds the emulated kernels; what was compiled before is not compiled again.
+
+    changed: a copy of csrc from which the files named in only are compiled, in place of the repository's. Where both
+    define the same function, theirs is the one that the library has.
+    """
+    with turn(BUILD):
+        return _build(options, changed, only)
+
+
+def _build(options: Sequence[str], changed: Path | None, only: Sequence[str]) -> Path:
+    csrc = ROOT / "csrc"
+    names = ["schema.cpp", "cuda/torch.cpp", *(f"cuda/{path.name}" for path in sorted((csrc / "cuda").glob("*.cu")))]
+    assert set(only) <= set(names)
+    places = [(changed / name, changed, options) for name in only if changed is not None]
+    # Sanitizers that need no preloaded library cost time in other files, and find nothing there.
+    others = [option for option in options if not only or "sanitize" not in option]
+    places += [(csrc / name, csrc, others) for name in names if name not in only]
+    places += [(HERE / name, csrc, others) for name in ("scope.cpp", "control.cpp")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = [str(path) for path in pool.map(compile_one, sources)]
+        objects = [str(path) for path in pool.map(lambda place: _compile(*place), places)]
     name = hashlib.sha256("\0".join(objects).encode()).hexdigest()[:32]
     library = BUILD / f"emulated-{name}.so"
     if not library.exists():

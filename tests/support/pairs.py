@@ -1,6 +1,7 @@
 """Few combinations of many values, such that every two values of different names meet in one of them."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 Pair = tuple[tuple[str, int], tuple[str, int]]
@@ -10,8 +11,10 @@ def pairs_of(positions: dict[str, int]) -> set[Pair]:
     return set(itertools.combinations(positions.items(), 2))
 
 
-def every_pair(**values: list[Any]) -> list[dict[str, Any]]:
+def every_pair(**values: Sequence[Any]) -> list[dict[str, Any]]:
     """A covering array of strength two: each time the combination that holds most of the pairs still missing."""
+    if len(values) < 2:
+        return [dict(zip(values, value)) for value in itertools.product(*values.values())]
     combinations = [dict(zip(values, at)) for at in itertools.product(*(range(len(v)) for v in values.values()))]
     missing = set().union(*map(pairs_of, combinations))
     chosen = []

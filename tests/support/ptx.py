@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import shutil
 import subprocess
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,22 +22,18 @@ from torch import Tensor
 
 from sassha_fused.ops import NAMES, Operators
 from tests.support import arena, emulation
+from tests.support.turns import turn
 
 BUILD = emulation.ROOT / "build" / "ptx"
 ARCHITECTURE = "compute_90"
 # Those of setup.py that change what is computed.
 FLAGS = ("-std=c++17", "-O3", "-fmad=false")
+# Of the emulated device: so few blocks that their loops over what is left of a table come round several times.
+MULTIPROCESSORS = 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From source to kernels
-
-
-def nvcc() -> str | None:
-    """CUDA's compiler, looked for where setup.py looks."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
-    return next(filter(None, map(shutil.which, places)), None)
 
 
 def _run(*command: str) -> str:
@@ -48,15 +44,14 @@ def _run(*command: str) -> str:
 
 def build(csrc: Path = emulation.ROOT / "csrc", architecture: str = ARCHITECTURE) -> list[Path]:
     """The PTX of every file in csrc/cuda; what was compiled before, from the same headers, is not compiled again."""
-    compiler = nvcc()
+    compiler = emulation.nvcc()
     assert compiler is not None, "nvcc was not found"
-    BUILD.mkdir(parents=True, exist_ok=True)
     command = (compiler, "-ptx", *FLAGS, f"-arch={architecture}", "-ccbin", emulation.compiler().split()[0])
     shared = hashlib.sha256("\0".join((*command[1:], _run(compiler, "--version"))).encode())
     for header in sorted(csrc.rglob("*.h")):
         shared.update(f"\0{header.relative_to(csrc)}\0".encode() + header.read_bytes())
-    found = []
-    for source in sorted((csrc / "cuda").glob("*.cu")):
+
+    def compile_one(source: Path) -> Path:
         key = shared.copy()
         key.update(source.read_bytes())
         path = BUILD / f"{source.stem}-{architecture}-{key.hexdigest()[:32]}.ptx"
@@ -64,8 +59,10 @@ def build(csrc: Path = emulation.ROOT / "csrc", architecture: str = ARCHITECTURE
             unfinished = path.with_suffix(f".{os.getpid()}")
             _run(*command, f"-I{csrc}", str(source), "-o", str(unfinished))
             unfinished.rename(path)
-        found.append(path)
-    return found
+        return path
+
+    with turn(BUILD), ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sorted((csrc / "cuda").glob("*.cu"))))
 
 
 @functools.cache
@@ -87,10 +84,11 @@ class Backend:
     tensor, a misaligned access or a barrier that not all threads reach raises ptxrun.PtxError.
     """
 
-    runs: list[arena.Run] = field(default_factory=list)
+    # Of those who want to know; what was counted of a launch takes much memory.
+    runs: list[arena.Run] | None = None
 
     def operators(self) -> Operators:
-        """The five functions; each notes its launches in runs."""
+        """The five functions; each notes its launches in runs, if that is a list."""
         return cast(Operators, SimpleNamespace(**{name: functools.partial(self._call, name) for name in NAMES}))
 
     def _call(self, name: str, *arguments: Any) -> Tensor | None:
@@ -98,7 +96,8 @@ class Backend:
         operator = getattr(torch.ops.sassha_fused_emulated, name).default
         named = {declared.name: value for declared, value in zip(operator._schema.arguments, arguments)}
         with arena.on_device(named) as (memory, on_device):
-            with emulation.intercepted(functools.partial(self._launch, memory)), arena.OnDevice(memory):
+            launches = emulation.intercepted(functools.partial(self._launch, memory))
+            with emulation.device(MULTIPROCESSORS, 1), launches, arena.OnDevice(memory):
                 # Straight to the kernel, or the mode would see the operator itself and not what it calls.
                 result = operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *on_device)
             return None if result is None else result.clone()
@@ -106,4 +105,5 @@ class Backend:
     def _launch(self, memory: arena.Memory, launch: emulation.Launch) -> None:
         kernel = kernels()[launch.name]
         stats = kernel.launch(launch.blocks, launch.threads, [launch.arguments], memory, **arena.CHECKS)
-        self.runs.append(arena.Run(launch.name, launch.blocks, launch.threads, stats))
+        if self.runs is not None:
+            self.runs.append(arena.Run(launch.name, launch.blocks, launch.threads, stats))

@@ -9,11 +9,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
@@ -34,10 +33,13 @@ from sassha_fused.triton_kernels import hutchinson, norm, perturb, rademacher, u
 from sassha_fused.triton_kernels import launch as starting
 from sassha_fused.triton_kernels.table import Table
 from tests.support import arena
+from tests.support.turns import turn
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = "sm_90"
 WARP_SIZE = 32
+# So few that each program has several tiles of the longer lists.
+MULTIPROCESSORS = 8
 
 _GPU = torch.device("cuda")
 # The modules that start kernels, or ask how.
@@ -55,12 +57,12 @@ def build() -> Path:
     for source in (compiler, *sorted((ROOT / "triton_kernels").glob("*.py"))):
         key.update(f"\0{source.name}\0".encode() + source.read_bytes())
     folder = BUILD / f"{ARCHITECTURE}-{key.hexdigest()[:32]}"
-    if not folder.exists():
-        unfinished = BUILD / f"unfinished-{os.getpid()}"
-        compile_all(unfinished, (ARCHITECTURE,), cache=BUILD / "cache")
-        with suppress(OSError):  # another process was first
+    with turn(BUILD):
+        if not folder.exists():
+            unfinished = BUILD / "unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            compile_all(unfinished, (ARCHITECTURE,), cache=BUILD / "cache")
             unfinished.rename(folder)
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
@@ -139,11 +141,12 @@ class Backend:
     every tensor, a misaligned access or a barrier that not all threads reach raises ptxrun.PtxError.
     """
 
-    multiprocessors: int
-    runs: list[arena.Run] = field(default_factory=list)
+    multiprocessors: int = MULTIPROCESSORS
+    # Of those who want to know; what was counted of a launch takes much memory.
+    runs: list[arena.Run] | None = None
 
     def operators(self) -> Operators:
-        """The five functions; each notes its launches in runs."""
+        """The five functions; each notes its launches in runs, if that is a list."""
         return cast(Operators, SimpleNamespace(**{name: functools.partial(self._call, name) for name in NAMES}))
 
     def _call(self, name: str, *arguments: Any) -> Tensor | None:
@@ -195,4 +198,5 @@ class Backend:
         for value, (name, kind, _) in zip(values, code.params):
             assert kind.startswith("f") or isinstance(value, int), f"{name} is {kind}, and given {value!r}"
         stats = code.launch(programs, entry.threads, values, memory, shared_bytes=entry.shared, **arena.CHECKS)
-        self.runs.append(arena.Run(entry.variant.name, programs, entry.threads, stats))
+        if self.runs is not None:
+            self.runs.append(arena.Run(entry.variant.name, programs, entry.threads, stats))

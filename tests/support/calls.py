@@ -1,0 +1,188 @@
+"""Calls of the operators: their arguments by the names of the schema, and what a backend makes of a case."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sassha_fused.checks import BIAS_CORRECTIONS
+from tests.support.backends import device_of, evaluation_on, operators_of
+from tests.support.cases import Case, Spec, compute_dtype, make_case
+
+HYPER: dict[str, Any] = {
+    "lr": 0.15,
+    "betas": (0.9, 0.999),
+    "eps": 1e-4,
+    "weight_decay": 0.01,
+    "hessian_power": 0.5,
+    "bias_correction": "step",
+    "maximize": False,
+}
+POWERS = (0.5, 1.0, 0.7)
+
+
+def update_arguments(
+    on: Case,
+    hyper: dict[str, Any] = HYPER,
+    hessian: bool = True,
+    guards: Sequence[Tensor] = (torch.tensor(1.0),),
+    guard_grads: bool = False,
+    lr_tensor: Tensor | None = None,
+) -> dict[str, Any]:
+    """The arguments of update_, which no other place of the tests spells out."""
+    device = on.backup.device
+    beta1, beta2 = hyper["betas"]
+    return {
+        "params": on.params,
+        "grads": on.grads,
+        "products": on.products if hessian else [],
+        "backup": on.backup,
+        "exp_avg": on.exp_avg,
+        "exp_hessian": on.exp_hessian,
+        "steps": on.steps,
+        "skipped": on.skipped,
+        "offsets": on.offsets,
+        "rows": on.rows,
+        "guards": [guard.to(device) for guard in guards],
+        "guard_grads": guard_grads,
+        "lr_tensor": None if lr_tensor is None else lr_tensor.to(device),
+        "lr": hyper["lr"],
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": hyper["eps"],
+        "weight_decay": hyper["weight_decay"],
+        "hessian_power": hyper["hessian_power"],
+        "bias_correction": BIAS_CORRECTIONS.index(hyper["bias_correction"]),
+        "maximize": hyper["maximize"],
+    }
+
+
+def arguments_of(name: str, case: Case, **changes: Any) -> dict[str, Any]:
+    """The arguments of an operator, by the names of its schema."""
+    device = case.backup.device
+    arguments: dict[str, dict[str, Any]] = {
+        "grad_norm": {"grads": case.grads, "params": case.params, "adaptive": True},
+        "perturb_": {
+            "params": case.params,
+            "grads": case.grads,
+            "backup": case.backup,
+            "offsets": case.offsets,
+            "norm": torch.tensor(3.0, dtype=torch.float64, device=device),
+            "measure": False,
+            "rho": 0.2,
+            "adaptive": False,
+            "maximize": False,
+        },
+        "rademacher_": {
+            "signs": case.params,
+            "indices": case.indices,
+            "seed": 1,
+            "evaluation": torch.tensor(2, device=device),
+            "sample": 3,
+        },
+        "hutchinson_": {
+            "products": case.products,
+            "estimate": case.estimate,
+            "offsets": case.offsets,
+            "indices": case.indices,
+            "seed": 1,
+            "evaluation": torch.tensor(2, device=device),
+            "sample": 1,
+            "samples": 3,
+        },
+        "update_": update_arguments(case),
+    }
+    assert changes.keys() <= arguments[name].keys()
+    return {**arguments[name], **changes}
+
+
+def run(backend: str, name: str, on: Case, **changes: Any) -> Any:
+    """Calls an operator on a case, in place; returns what it returns."""
+    return getattr(operators_of(backend), name)(*arguments_of(name, on, **changes).values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In place, on a case of the backend's device
+
+
+def run_perturb(backend: str, on: Case, norm: float, rho: float, adaptive: bool, maximize: bool) -> None:
+    scalar = torch.tensor(norm, dtype=torch.float64, device=device_of(backend))
+    run(backend, "perturb_", on, norm=scalar, rho=rho, adaptive=adaptive, maximize=maximize)
+
+
+def run_measured_perturb(backend: str, on: Case, adaptive: bool) -> Tensor:
+    """perturb_ that works the norm out by itself; returns it."""
+    norm = torch.full((), torch.nan, dtype=torch.float64, device=device_of(backend))
+    run(backend, "perturb_", on, norm=norm, measure=True, adaptive=adaptive)
+    return norm
+
+
+def run_update(backend: str, on: Case, hyper: dict[str, Any], hessian: bool, *scalars: Any, **more: Any) -> None:
+    operators_of(backend).update_(*update_arguments(on, hyper, hessian, *scalars, **more).values())
+
+
+def run_hutchinson(backend: str, on: Case, seed: int, evaluation: int, sample: int, samples: int) -> None:
+    index = evaluation_on(backend, evaluation)
+    run(backend, "hutchinson_", on, seed=seed, evaluation=index, sample=sample, samples=samples)
+
+
+def run_rademacher(backend: str, on: Case, seed: int, evaluation: int, sample: int) -> None:
+    """Writes the signs over the parameters."""
+    run(backend, "rademacher_", on, seed=seed, evaluation=evaluation_on(backend, evaluation), sample=sample)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they make of a case, on the CPU
+
+
+def perturb(backend: str, case: Case, norm: float, rho: float, adaptive: bool, maximize: bool) -> Case:
+    on = case.to(device_of(backend))
+    run_perturb(backend, on, norm, rho, adaptive, maximize)
+    return on.to("cpu")
+
+
+def update(backend: str, case: Case, hyper: dict[str, Any], hessian: bool, *scalars: Any, **more: Any) -> Case:
+    on = case.to(device_of(backend))
+    run_update(backend, on, hyper, hessian, *scalars, **more)
+    return on.to("cpu")
+
+
+def hutchinson(backend: str, case: Case, seed: int, evaluation: int, sample: int, samples: int) -> Case:
+    on = case.to(device_of(backend))
+    run_hutchinson(backend, on, seed, evaluation, sample, samples)
+    return on.to("cpu")
+
+
+def signs_of(
+    backend: str, index: int, count: int, seed: int, evaluation: int, sample: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The signs of a tensor whose first element has an index."""
+    z = torch.full((count,), torch.nan, dtype=dtype, device=device_of(backend))
+    operators_of(backend).rademacher_([z], [index], seed, evaluation_on(backend, evaluation), sample)
+    return z.cpu()
+
+
+def norm_of(backend: str, grads: Sequence[Tensor], params: Sequence[Tensor] = (), adaptive: bool = False) -> float:
+    device = device_of(backend)
+    norm = operators_of(backend).grad_norm([g.to(device) for g in grads], [w.to(device) for w in params], adaptive)
+    assert norm.shape == () and norm.dtype == torch.float64 and norm.device.type == torch.device(device).type
+    return float(norm)
+
+
+def call_everything(backend: str, dtype: torch.dtype) -> None:
+    """Every operator in every mode that has a kernel of its own."""
+    case = make_case(dtype, [Spec((5,), shift=1), Spec((130,))]).to(device_of(backend))
+    for adaptive in (False, True):
+        norm_of(backend, case.grads, case.params, adaptive)
+        run_perturb(backend, case, 1.0, 0.2, adaptive, False)
+    run_rademacher(backend, case, 1, 2, 3)
+    for sample in (0, 1):
+        run_hutchinson(backend, case, 1, 2, sample, 2)
+    wide = replace(case, products=[product.to(compute_dtype(dtype)) for product in case.products])
+    for power in POWERS:
+        for on, hessian in ((case, False), (case, True), (wide, True)):
+            run_update(backend, on, {**HYPER, "hessian_power": power}, hessian)
