@@ -191,16 +191,16 @@ class FlatState:
         self._params: list[list[Tensor]] = []
         self._states: list[dict[str, Any]] = []
 
-    def select(self, groups: Groups, states: States, settle: Callable[[], int]) -> list[Selection]:
+    def select(self, groups: Groups, states: States, catch_up: Callable[[], int]) -> list[Selection]:
         """The parameters that have a gradient, by bucket; the first gradient gives a parameter its state.
 
-        settle brings the host's counts up to date, which may wait for the device: done only where they are needed.
+        catch_up brings the host's counts up to date, which may wait for the device: done only where they are needed.
         """
         outdated = self.is_outdated(groups, states)
         selections = [] if outdated else with_gradients([bucket.everything for bucket in self.buckets])
         # The operators find what does not go with the first of their parameters, but not that this one has changed.
         if outdated or not all(selection.bucket.is_current(selection.rows[0]) for selection in selections):
-            settle()
+            catch_up()
             self.lay_out(groups, states)
             selections = with_gradients([bucket.everything for bucket in self.buckets])
         return selections

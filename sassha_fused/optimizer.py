@@ -63,7 +63,7 @@ class FusedOptimizer(Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped because something in them was not finite."""
-        self._run.counts.settle()
+        self._run.counts.catch_up()
         return self._run.counts.skipped
 
     @torch.no_grad()
@@ -164,7 +164,7 @@ class FusedOptimizer(Optimizer):
         run.raise_given_up()
         grads = [param.grad for param in of_groups(self.param_groups) if param.grad is not None]
         if self._initialises_state(grads):
-            run.flat.select(self.param_groups, self.state, run.counts.settle)
+            run.flat.select(self.param_groups, self.state, run.counts.catch_up)
             return
         if grads and not is_single(self.param_groups):
             rho = max(group["rho"] for group in self.param_groups)
@@ -256,7 +256,7 @@ class FusedOptimizer(Optimizer):
     def _publish_counts(self) -> None:
         """Writes the optimizer's own counts into the groups, where torch's state_dict has a place for them."""
         counts = self._run.counts
-        counts.settle()
+        counts.catch_up()
         for group in self.param_groups:
             group["steps"] = counts.steps
             group["hessian_evaluations"] = counts.evaluations

@@ -18,7 +18,7 @@ Products = Sequence[Sequence[Tensor]]
 
 def norm(selections: Sequence[Selection]) -> Tensor:
     """The norm of the gradients over all selections, a 0-d float64 tensor; refuses gradients that do not fit."""
-    with explained(selections):
+    with explaining_refusals(selections):
         norms = [
             selection.bucket.operators.grad_norm(selection.grads, selection.params, selection.group["adaptive"])
             for selection in selections
@@ -34,7 +34,7 @@ def perturb(selections: Sequence[Selection], moved: list[Selection]) -> Tensor:
     measure = len(selections) == 1
     device = selections[0].bucket.device
     total = torch.empty((), dtype=torch.float64, device=device) if measure else norm(selections)
-    with explained(selections):
+    with explaining_refusals(selections):
         for selection in selections:
             group, bucket = selection.group, selection.bucket
             bucket.operators.perturb_(
@@ -102,7 +102,7 @@ def update(
             torch._foreach_copy_(selection.backups(), list(selection.params))
     else:
         guards.append(norm_of_first)
-    with explained(selections):
+    with explaining_refusals(selections):
         updates = [
             _prepared_update(selection, products[i] if products else (), guards, look)
             for i, selection in enumerate(selections)
@@ -151,7 +151,7 @@ def _guard(scalar: Tensor) -> Tensor:
 
 
 @contextmanager
-def explained(selections: Sequence[Selection]) -> Iterator[None]:
+def explaining_refusals(selections: Sequence[Selection]) -> Iterator[None]:
     """Where an operator refuses its arguments, says which gradient or parameter it was, and why."""
     try:
         yield

@@ -64,7 +64,7 @@ class Run:
 
     def is_scheduled(self, groups: Groups) -> bool:
         """Whether the coming step is a Hessian step by the schedule."""
-        steps = self.counts.settle()
+        steps = self.counts.catch_up()
         interval: int = groups[0]["hessian_interval"]
         return steps % interval == 0 or steps < groups[0]["hessian_warmup"]
 

@@ -91,7 +91,7 @@ class Step:
             if not self._moved:
                 return self.end()
             # Only now: the device has this step's first pass to work on while the host waits for the step before.
-            steps, first = run.counts.settle(), self.groups[0]
+            steps, first = run.counts.catch_up(), self.groups[0]
             scheduled = steps % first["hessian_interval"] == 0 or steps < first["hessian_warmup"]
             if scheduled or any(s.bucket.without_hessian and s.lacks_hessian() for s in self._moved):
                 self.expect_hessian()
@@ -119,13 +119,13 @@ class Step:
         """What act makes of the parameters that have a gradient, where they are and as they are now."""
         flat, counts = self._run.flat, self._run.counts
         try:
-            return act(flat.select(self.groups, self._states, counts.settle))
+            return act(flat.select(self.groups, self._states, counts.catch_up))
         except (RuntimeError, TypeError, ValueError):
             if self._moved or not flat.laid_out or flat.is_current():
                 raise
         # A part of the model has moved to another device or dtype, and its state moves along.
         flat.forget()
-        return act(flat.select(self.groups, self._states, counts.settle))
+        return act(flat.select(self.groups, self._states, counts.catch_up))
 
     # ---------------------------------------------------------------- the way back
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch_norm import running_stats_held
+from ..batch_norm import running_stats_frozen
 from ..flat import Groups
 from ..gradients import name_of, of_groups
 from ..hessian_pass import building_graphs
@@ -33,7 +33,7 @@ def check_products(closure: Callable[[], Any], groups: Groups, tolerance: float)
     kept = [param.grad for param in params]
     weights = [param.detach().clone() for param in params]
     try:
-        with running_stats_held():
+        with running_stats_frozen():
             gradients = _gradients(closure, params, create_graph=True)
             reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
             signs = _signs(params)

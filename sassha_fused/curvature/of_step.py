@@ -91,7 +91,7 @@ class Curvature:
                 self._refuse_lost_graphs(selections)
             self.number_evaluation()
             first = self._groups[0]
-            with passes.explained(selections), twice_differentiable():
+            with passes.explaining_refusals(selections), twice_differentiable():
                 products = estimate(
                     SOURCES[self._run.hvp], selections, first["hessian_samples"], first["seed"], keep_graph
                 )
