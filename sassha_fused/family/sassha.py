@@ -42,8 +42,8 @@ class Sassha(FusedOptimizer):
     A step whose loss, gradients or Hessian products are not finite leaves no trace but in :attr:`skipped_steps`. A
     parameter without a gradient in either pass is not touched, and its counts stand still.
 
-    ``hessian_interval``, ``hessian_warmup``, ``hessian_samples`` and ``seed`` have one value for all groups; whatever else
-    a group holds may differ.
+    ``hessian_interval``, ``hessian_warmup``, ``hessian_samples`` and ``seed`` have one value for all groups; other
+    entries of a group may differ.
 
     Args:
         params: parameters or dicts of parameter groups; float64, float32, bfloat16 or float16, dense, real. State is
