@@ -27,7 +27,7 @@ class Perturbable(Protocol):
 
 
 class _StatsFreeze:
-    """Hooks that keep a batch norm's running statistics as they are, while ``asked()`` says so.
+    """Hooks that keep a batch norm's running statistics as they are, while ``asked()`` is true.
 
     They belong to a model and to a process: a copy or a pickle of the model gets hooks that do nothing.
     """

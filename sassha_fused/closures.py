@@ -26,7 +26,7 @@ def walk(step: Step, closure: Closure, params: Sequence[Tensor]) -> Tensor:
         if not step.arrive():
             break
     step.finish(losses)
-    mark_used(map(_grad, params))  # those that took no part as well: the next step drops them
+    mark_used(map(_grad, params))  # also those that took no part: the next step drops them
     return losses[0]
 
 

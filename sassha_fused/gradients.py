@@ -1,4 +1,4 @@
-"""Whose gradients they are."""
+"""The parameters of the groups, their names, and the graphs of their gradients."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             TypeError, ValueError: the weights are at w' already; a gradient is sparse or of another shape, dtype or
-                device, or was used by the step before; a hyperparameter was edited to what it cannot be.
+                device, or was used by the step before; a hyperparameter was edited to a value that is refused.
         """
         under_way = self._run.step
         if under_way is not None:
@@ -88,7 +88,7 @@ class FusedOptimizer(Optimizer):
         Within it every ``loss.backward()`` builds the graph of its gradients, scaled_dot_product_attention runs by
         torch's own arithmetic and compiled models run uncompiled, both of which can be differentiated twice; and
         parameters outside the optimizer keep the gradients of the first pass. On other steps it does nothing.
-        Closures need no such thing: the optimizer runs them in it.
+        Closures need no hessian_pass(): the optimizer runs them in one.
         """
         run = self._run
         if not self.hessian_due:
@@ -128,7 +128,7 @@ class FusedOptimizer(Optimizer):
             TypeError, ValueError: the closure is not callable or returns no scalar tensor; no perturb() came before,
                 though rho is not 0; a gradient is sparse or of another shape, dtype or device, was used already, or has
                 no graph on a Hessian step; gradients were accumulated that the closure's step would drop; a
-                hyperparameter was edited to what it cannot be. The weights are w.
+                hyperparameter was edited to a value that is refused. The weights are then at w.
         """
         if closure is not None and not callable(closure):
             raise TypeError(f"closure must be callable, got {closure!r}")
@@ -152,7 +152,7 @@ class FusedOptimizer(Optimizer):
         except BaseException as error:
             if run.step is not None:
                 run.step.give_up()
-            if isinstance(error, RuntimeError):  # torch's, where the closure has given the step up under its own feet
+            if isinstance(error, RuntimeError):  # torch's, where the closure has given up its own step
                 run.raise_given_up(error)
             raise
 
@@ -200,7 +200,7 @@ class FusedOptimizer(Optimizer):
         """Compares one exact Hessian product with finite differences, to find operations that have no double backward.
 
         A custom ``torch.autograd.Function`` whose backward is a kernel counts as a constant under double backward: its
-        part of the Hessian is missing, and nothing else tells. Weights, gradients, state, random generators and
+        part of the Hessian is missing, and no error says so. Weights, gradients, state, random generators and
         batch-norm statistics are as before afterwards.
 
         Args:

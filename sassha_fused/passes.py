@@ -29,8 +29,8 @@ def norm(selections: Sequence[Selection]) -> Tensor:
 
 
 def perturb(selections: Sequence[Selection], moved: list[Selection]) -> Tensor:
-    """w -> w' in every bucket; returns N. What has moved stands in moved, also where a later bucket fails."""
-    # A pass over a single bucket measures the norm itself; of several, all are measured before one is written.
+    """w -> w' in every bucket; returns N. Lists what has moved in moved, also where a later bucket fails."""
+    # perturb_ takes the norm of a single bucket itself; of several, it is taken before any of them is written.
     measure = len(selections) == 1
     device = selections[0].bucket.device
     total = torch.empty((), dtype=torch.float64, device=device) if measure else norm(selections)
@@ -82,7 +82,7 @@ def update(
 ) -> None:
     """From w to the new weights in every bucket; what is wrong with a scalar is found before any bucket is written.
 
-    Where anything is not finite, nothing is written but that the step was skipped.
+    Where anything is not finite, weights and averages stay as they are, and the step is marked as skipped.
 
     Args:
         products: the Hessian estimates of each selection; none on a lazy step.
@@ -92,7 +92,7 @@ def update(
     """
     lrs = [s.group["lr"] for s in selections if isinstance(s.group["lr"], Tensor)]
     guards = [_guard(scalar) for scalar in (*losses, *lrs)]
-    # Of several buckets none may be written before all are known to be finite; one alone, update_ itself looks at.
+    # Of several buckets none may be written before all are known to be finite; of a single one, update_ finds out.
     look = norm_of_first is not None and len(selections) == 1
     if not look:
         guards.append(norm(selections))
