@@ -95,15 +95,22 @@ _NUMBERS = ("lr", "eps", "weight_decay", "rho", "hessian_power")
 values_of = itemgetter(*_NUMBERS, "betas", "adaptive", "maximize", "bias_correction", *SHARED)
 
 
+def is_single(groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether a step has but one pass: w' is w where rho is 0 in every group."""
+    return not any(group["rho"] > 0 for group in groups)
+
+
 class AcceptedGroups:
     """The groups as they were when they were last checked.
 
     Attributes:
         values: their hyperparameters; whoever edits a group, a scheduler for one, puts another object there.
+        single: whether a step has but one pass.
     """
 
     def __init__(self) -> None:
         self.values: list[Any] = []
+        self.single = False
         self._corrections: list[str] = []
 
     def accept(self, groups: Sequence[dict[str, Any]], has_state: bool) -> None:
@@ -116,6 +123,7 @@ class AcceptedGroups:
             _in_own_types(group)
         self.values = [value for group in groups for value in values_of(group)]
         self._corrections = corrections
+        self.single = is_single(groups)
 
 
 def check_same_corrections(before: Sequence[str], now: Sequence[str]) -> None:
@@ -166,11 +174,10 @@ def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
 
 
 def refuse_grad_scaler(optimizer: object) -> None:
-    """ValueError where step() was called by a GradScaler, which leaves what it knows on the optimizer."""
-    if "found_inf" in vars(optimizer):
-        for name in ("grad_scale", "found_inf"):  # which the scaler would take away if no error came
-            vars(optimizer).pop(name, None)
-        raise ValueError(
-            "GradScaler is not supported yet: its scale would stay in the Hessian. Use bfloat16 autocast, which needs no "
-            "scaler, or GradScaler(enabled=False)"
-        )
+    """ValueError, after taking off the optimizer what a GradScaler leaves there and takes away if no error comes."""
+    for name in ("grad_scale", "found_inf"):
+        vars(optimizer).pop(name, None)
+    raise ValueError(
+        "GradScaler is not supported yet: its scale would stay in the Hessian. Use bfloat16 autocast, which needs no "
+        "scaler, or GradScaler(enabled=False)"
+    )

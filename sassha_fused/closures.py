@@ -8,11 +8,11 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from .step import Step, is_used
+from .step import Step, is_used, mark_used
 
 Closure = Callable[[], Tensor]
 
-_requires_grad = attrgetter("requires_grad")
+_grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
 
 
 def walk(step: Step, closure: Closure, params: Sequence[Tensor]) -> Tensor:
@@ -26,6 +26,7 @@ def walk(step: Step, closure: Closure, params: Sequence[Tensor]) -> Tensor:
         if not step.arrive():
             break
     step.finish(losses)
+    mark_used(map(_grad, params))  # those that took no part as well: the next step drops them
     return losses[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from operator import attrgetter, is_, is_not
@@ -217,10 +217,10 @@ class FlatState:
         """Whether every parameter still is as its state was made."""
         return all(bucket.is_current(row) for bucket in self.buckets for row in range(len(bucket.params)))
 
-    def lacks_hessian(self, groups: Groups) -> bool:
-        """Whether a parameter that has a gradient now has never had a Hessian."""
+    def lacks_hessian(self, params: Iterable[Tensor]) -> bool:
+        """Whether one of these has never had a Hessian."""
         known = {p: row in b.without_hessian for b in self.buckets for row, p in enumerate(b.params)}
-        return any(known.get(p, True) for group in groups for p in group["params"] if p.grad is not None)
+        return any(known.get(param, True) for param in params)
 
     def lay_out(self, groups: Groups, states: States) -> None:
         """Makes the buckets: what is in states moves into flat buffers, and what has a gradient gets its state.

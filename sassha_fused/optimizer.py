@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .checkpoint import AsSaved, check_and_protect, counts_of, with_plain_states
-from .checks import check_choice, check_groups, check_parameter, refuse_grad_scaler
+from .checks import check_choice, check_groups, check_parameter, is_single, refuse_grad_scaler
 from .closures import refuse_accumulated, walk
 from .curvature.check import check_products
 from .curvature.exact import SOURCES
@@ -58,7 +58,7 @@ class FusedOptimizer(Optimizer):
         run = self._run
         if run.step is not None:
             return run.step.curvature is not None
-        return run.is_scheduled(self.param_groups) or run.flat.lacks_hessian(self.param_groups)
+        return run.expects_hessian(self.param_groups)
 
     @property
     def skipped_steps(self) -> int:
@@ -134,7 +134,8 @@ class FusedOptimizer(Optimizer):
             raise TypeError(f"closure must be callable, got {closure!r}")
         run = self._run
         try:
-            refuse_grad_scaler(self)
+            if "found_inf" in vars(self):
+                refuse_grad_scaler(self)
             if closure is None or self._finishes_phases(closure):
                 self._finish()
                 return None
@@ -153,7 +154,7 @@ class FusedOptimizer(Optimizer):
             raise
 
     def _finish(self) -> None:
-        """The rest of a step in phase style, or the whole of one whose only pass was at w."""
+        """The rest of a step in phase style, or the whole of one whose only pass is at w."""
         run = self._run
         if run.step is not None:
             return run.step.finish()
@@ -162,8 +163,8 @@ class FusedOptimizer(Optimizer):
         if self._initialises_state(grads):
             run.flat.select(self.param_groups, self.state, run.counts.settle)
             return
-        rho = max((group["rho"] for group in self.param_groups), default=0)
-        if rho > 0 and grads:
+        if grads and not is_single(self.param_groups):
+            rho = max(group["rho"] for group in self.param_groups)
             raise ValueError(
                 f"step() without perturb(), though rho is {rho}: the step takes its gradients at w', not at w. Give "
                 "step() a closure, or call perturb() after the first backward and run a second one; or set rho to 0 in "

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .checks import AcceptedGroups
+from .checks import AcceptedGroups, is_single
 from .counts import Counts
 from .flat import FlatState, Groups
+from .gradients import of_groups
 from .hessian_pass import GradientWatch
 from .interrupts import uninterrupted
 
@@ -63,7 +64,20 @@ class Run:
 
     def is_scheduled(self, groups: Groups) -> bool:
         """Whether the coming step is a Hessian step by the schedule."""
-        return is_scheduled(groups, self.counts.settle())
+        steps = self.counts.settle()
+        interval: int = groups[0]["hessian_interval"]
+        return steps % interval == 0 or steps < groups[0]["hessian_warmup"]
+
+    def expects_hessian(self, groups: Groups) -> bool:
+        """Whether the coming step is a Hessian step, as far as can be told before its first pass.
+
+        Of a step that is not perturbed the first pass is the only one, and any trained parameter may get a gradient.
+        """
+        if self.is_scheduled(groups):
+            return True
+        single = is_single(groups)
+        params = [p for p in of_groups(groups) if (p.requires_grad if single else p.grad is not None)]
+        return self.flat.lacks_hessian(params)
 
     def raise_given_up(self, error: BaseException | None = None) -> None:
         """ValueError where somebody has given the step up that was under way."""
@@ -73,9 +87,3 @@ class Run:
                 f"the step under way was given up, its weights put back to w, by {because} between its passes: save "
                 "and copy before perturb() or after step(), or in the handler of a signal"
             ) from error
-
-
-def is_scheduled(groups: Groups, steps: int) -> bool:
-    """Whether the step after this many is a Hessian step by the schedule."""
-    interval: int = groups[0]["hessian_interval"]
-    return steps % interval == 0 or steps < groups[0]["hessian_warmup"]

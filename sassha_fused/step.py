@@ -40,7 +40,7 @@ class Step:
         self._run: Run = weakref.proxy(run)
         self.groups, self._states = groups, states
         self._check_groups()
-        self._single = not any(group["rho"] > 0 for group in groups)
+        self._single = run.accepted.single
         self.perturbed = False
         self.curvature: Curvature | None = None
         self._moved: list[Selection] = []
@@ -62,7 +62,7 @@ class Step:
 
     def begin(self) -> None:
         """Before the first pass of a closure: where it is the only one, it may need a graph already."""
-        if self._single and self._run.is_scheduled(self.groups):
+        if self._single and self._run.expects_hessian(self.groups):
             self.expect_hessian()
 
     def expect_hessian(self) -> None:
@@ -77,16 +77,10 @@ class Step:
 
     def arrive(self) -> bool:
         """Takes in the gradients of a pass; whether another one is needed."""
-        if self.perturbed or self.curvature is not None:
+        if self.perturbed or self._single:
             return False
-        if not self._single:
-            self.perturb()
-            return self.perturbed
-        # A parameter that gets its first gradient late needs a Hessian as well.
-        late = self._run.flat.lacks_hessian(self.groups)
-        if late:
-            self.expect_hessian()
-        return late
+        self.perturb()
+        return self.perturbed
 
     def perturb(self) -> None:
         """w -> w' by the gradients in .grad, which are cleared; then this step knows whether it is a Hessian step."""
@@ -157,8 +151,8 @@ class Step:
                 # Should one bucket's update have gone through before another's failed, its state knows its counts.
                 self._run.flat.forget()
                 raise
-            _mark_used(selections)
             for selection in selections:
+                mark_used(selection.grads)
                 selection.grads = ()
             self.count(StepTaken(selections[0].bucket.skipped, selections, bool(products)))
             self.perturbed = False
@@ -279,10 +273,10 @@ class Step:
 
 # A mark on the tensor itself: it ends with it, where an id or an address may be another tensor's next, and a weak
 # reference would keep torch from swapping the tensor.
-def _mark_used(selections: Iterable[Selection]) -> None:
-    """Remembers that a step has used the gradients of these as they now are."""
-    for selection in selections:
-        for grad in selection.grads:
+def mark_used(grads: Iterable[Tensor | None]) -> None:
+    """Remembers that a step has used these gradients as they now are."""
+    for grad in grads:
+        if grad is not None:
             grad._used_in_version = grad._version  # type: ignore[attr-defined]
 
 
