@@ -1,5 +1,7 @@
-"""Options of the groups, and learning rates that move."""
+"""Names of parameters, hooks around state and step, edits of opt.state, and groups that join after steps."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -8,137 +10,232 @@ import torch
 from torch import Tensor, nn
 
 from sassha_fused import Sassha
-from tests.support.problems import BACKENDS, Problem, assert_same, parameter, single_threaded, weights
-
-one_thread = pytest.fixture(autouse=True)(single_threaded)
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Options of the groups
-
-
-@both_backends
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"lr": 0.01},
-        {"betas": (0.5, 0.5)},
-        {"eps": 0.5},
-        {"weight_decay": 0.3},
-        {"hessian_power": 1.0},
-        {"bias_correction": "update"},
-        {"maximize": True},
-    ],
-    ids=str,
+from tests.support.problems import (
+    BACKENDS,
+    STYLES,
+    Problem,
+    assert_same,
+    parameter,
+    undisturbed,
+    weights,
 )
-def test_an_option_of_one_group_concerns_that_group_alone(backend: str, option: dict[str, Any]) -> None:
-    def run(first: dict[str, Any], second: dict[str, Any]) -> list[Tensor]:
-        params = [parameter(1.0, -2.0), parameter(1.0, -2.0)]
-        groups = [{"params": [params[0]], **first}, {"params": [params[1]], **second}]
-        opt = Sassha(groups, rho=0.0, hessian_interval=4, backend=backend)
-        for _ in range(6):  # a separable loss, without perturbation: nothing but the option links the groups
-            opt.step(lambda: (params[0] ** 4).sum() + (params[1] ** 4).sum())
-        return weights(params)
 
-    plain, mixed, changed = run({}, {}), run({}, option), run(option, option)
-    assert_same(mixed[0], plain[0])
-    assert_same(mixed[1], changed[1])
-    assert not torch.equal(mixed[1], plain[1])
-
-
-@both_backends
-def test_the_norm_is_one_over_all_groups_and_the_radius_each_groups_own(backend: str) -> None:
-    params = [parameter(1.0, 2.0, dtype=torch.float64), parameter(3.0), parameter(5.0, dtype=torch.bfloat16)]
-    groups = [{"params": [params[0]], "rho": 0.1}, {"params": params[1:], "rho": 0.6}]
-    opt = Sassha(groups, backend=backend)
-    (params[0] * torch.tensor([2.0, 3.0])).sum().backward()
-    (params[1] * 6 + params[2].float() * 24).sum().backward()
-    opt.perturb()
-    norm = (4 + 9 + 36 + 576) ** 0.5  # = 25
-    expected = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    expected += torch.tensor([2.0, 3.0], dtype=torch.float64) * 0.1 / norm
-    torch.testing.assert_close(params[0].detach(), expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(params[1].detach(), torch.tensor([3.0 + 6 * 0.6 / 25]))
-    assert_same(params[2].detach(), torch.tensor([5.0 + 24 * 0.6 / 25]).bfloat16())
-
-
-@both_backends
-def test_maximize_is_minimizing_the_negative(backend: str) -> None:
-    up, down = parameter(1.0, -2.0), parameter(1.0, -2.0)
-    climb, fall = Sassha([up], maximize=True, backend=backend), Sassha([down], backend=backend)
-    for _ in range(5):
-        climb.step(lambda: -(up**4).sum())
-        fall.step(lambda: (down**4).sum())
-    assert_same(up.detach(), down.detach())
+both_backends = pytest.mark.parametrize("backend", BACKENDS)
+STATES = ["step", "hessian_step", "exp_avg", "exp_hessian"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Learning rates
+# Names and hooks
+
+
+def test_named_parameters_are_saved_with_their_names() -> None:
+    problem = Problem()
+    named = list(problem.model.named_parameters())
+    opt = Sassha([{"params": named[:2]}, {"params": named[2:], "lr": 0.03, "weight_decay": 0.1}], lr=0.05)
+    groups = opt.state_dict()["param_groups"]
+    assert [group["param_names"] for group in groups] == [["0.weight", "0.bias"], ["2.weight", "2.bias"]]
+    opt.step(problem.loss)
+    other = Sassha(problem.model.parameters())
+    with pytest.raises(ValueError, match="parameter groups"):
+        other.load_state_dict(opt.state_dict())
+    plain = Sassha([{"params": problem.params[:2]}, {"params": problem.params[2:]}])
+    plain.load_state_dict(opt.state_dict())
+    assert plain.state_dict()["param_groups"][1]["param_names"] == ["2.weight", "2.bias"]
+
+
+def test_names_of_a_group_added_later_are_needed_where_there_are_names() -> None:
+    named = list(Problem().model.named_parameters())
+    opt = Sassha(named[:2])
+    with pytest.raises(ValueError, match="names"):
+        opt.add_param_group({"params": [named[2][1]]})
+    opt.add_param_group({"params": named[2:]})
+    assert opt.param_groups[1]["param_names"] == ["2.weight", "2.bias"]
+
+
+def test_step_hooks_run_in_order_around_the_step_and_may_replace_its_arguments() -> None:
+    problem = Problem()
+    calls: list[str] = []
+    problem.opt.register_step_pre_hook(lambda opt, args, kwargs: calls.append("first"))
+    problem.opt.register_step_pre_hook(lambda opt, args, kwargs: calls.append("second"))
+    problem.opt.register_step_post_hook(lambda opt, args, kwargs: calls.append("after"))
+
+    def loss() -> Tensor:
+        calls.append("closure")
+        return problem.loss()
+
+    problem.opt.step(loss)
+    assert calls == ["first", "second", "closure", "closure", "after"]
+    problem.opt.register_step_pre_hook(lambda opt, args, kwargs: ((opt, lambda: 2 * problem.loss()), {}))
+    expected = 2 * problem.loss().detach()
+    assert_same(problem.opt.step(loss), expected)
+
+
+def test_state_dict_hooks_run_in_order_and_may_replace_the_result() -> None:
+    problem = Problem().train(1)
+    calls: list[str] = []
+    problem.opt.register_state_dict_pre_hook(lambda opt: calls.append("second"))
+    problem.opt.register_state_dict_pre_hook(lambda opt: calls.append("first"), prepend=True)
+    problem.opt.register_state_dict_post_hook(lambda opt, state: calls.append("after"))
+    problem.opt.register_state_dict_post_hook(lambda opt, state: {**state, "note": "mine"})
+    assert problem.opt.state_dict()["note"] == "mine"
+    assert calls == ["first", "second", "after"]
+
+
+def test_load_hooks_run_in_order_and_may_replace_the_state() -> None:
+    problem = Problem().train(2)
+    saved = copy.deepcopy(problem.opt.state_dict())
+    calls: list[str] = []
+
+    def replace(opt: Sassha, state: dict[str, Any]) -> dict[str, Any]:
+        calls.append("replace")
+        assert set(state["state"][0]) == set(STATES)  # the user's hook sees the plain state
+        changed = copy.deepcopy(state)
+        for values in changed["state"].values():
+            values["exp_avg"].fill_(0.25)
+        return changed
+
+    def edit(opt: Sassha, state: dict[str, Any]) -> None:
+        calls.append("edit")
+        state["state"][0]["exp_hessian"].fill_(0.5)
+
+    problem.opt.register_load_state_dict_pre_hook(edit)
+    problem.opt.register_load_state_dict_pre_hook(replace, prepend=True)
+    problem.opt.register_load_state_dict_post_hook(lambda opt: calls.append("after"))
+    problem.opt.load_state_dict(saved)
+    assert calls == ["replace", "edit", "after"]
+    loaded = problem.opt.state[problem.params[0]]
+    assert (loaded["exp_avg"] == 0.25).all() and (loaded["exp_hessian"] == 0.5).all()
+    problem.opt.load_state_dict(saved)
+    assert calls == ["replace", "edit", "after"] * 2
+
+
+def test_a_load_hook_that_raises_changes_nothing() -> None:
+    problem = Problem().train(2)
+    before = problem.snapshot()
+
+    def refuse(opt: Sassha, state: dict[str, Any]) -> None:
+        raise KeyError("no")
+
+    handle = problem.opt.register_load_state_dict_pre_hook(refuse)
+    with pytest.raises(KeyError):
+        problem.opt.load_state_dict(problem.opt.state_dict())
+    handle.remove()
+    assert not problem.opt._optimizer_load_state_dict_pre_hooks
+    assert_same(problem.snapshot(), before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# opt.state in its owner's hands
 
 
 @both_backends
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-@pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64])
-def test_a_tensor_learning_rate_equals_the_float_bit_for_bit(
-    backend: str, shape: tuple[int, ...], lr_dtype: torch.dtype
-) -> None:
-    lr = torch.full(shape, 0.0625, dtype=lr_dtype)
-    params = [[parameter(1.0, -2.0), nn.Parameter(torch.tensor(3.0)), parameter(1.0).bfloat16()] for _ in range(2)]
-    params = [[nn.Parameter(p.detach().clone()) for p in some] for some in params]
-    opts = [Sassha(some, lr=rate, weight_decay=0.1, backend=backend) for some, rate in zip(params, (lr, 0.0625))]
-    for t in range(4):
-        for opt, some in zip(opts, params):
-            opt.step(lambda: sum((p.float() ** 4).sum() for p in some))
-        if t == 1:
-            lr.fill_(0.125)
-            opts[1].param_groups[0]["lr"] = 0.125
-    assert_same(weights(params[0]), weights(params[1]))
-    assert opts[0].param_groups[0]["lr"] is lr
-    assert_same(lr, torch.full(shape, 0.125, dtype=lr_dtype))
+@pytest.mark.parametrize("steps", [1, 3])
+def test_replaced_entries_are_adopted_at_the_next_step(backend: str, steps: int) -> None:
+    written, replaced = (Problem(backend).train(steps) for _ in range(2))
+    for problem in (written, replaced):
+        state = problem.opt.state[problem.params[2]]
+        if problem is written:
+            state["exp_avg"].mul_(2)
+        else:
+            state["exp_avg"] = state["exp_avg"] * 2
+    assert_same(replaced.train(3).snapshot(), written.train(3).snapshot())
+    state = replaced.opt.state_dict()["state"]
+    assert len({state[i]["exp_avg"].untyped_storage().data_ptr() for i in (2, 3)}) == 1
 
 
-SCHEDULERS: dict[str, Callable[[Sassha], Any]] = {
-    "StepLR": lambda opt: torch.optim.lr_scheduler.StepLR(opt, 2, 0.5),
-    "ExponentialLR": lambda opt: torch.optim.lr_scheduler.ExponentialLR(opt, 0.5),
-    "LinearLR": lambda opt: torch.optim.lr_scheduler.LinearLR(opt, 0.25, total_iters=4),
-    "CosineAnnealingLR": lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 6),
-    "LambdaLR": lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1 / (1 + t)),
-    "OneCycleLR": lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=8),
-    "SequentialLR": lambda opt: torch.optim.lr_scheduler.SequentialLR(
-        opt,
-        [torch.optim.lr_scheduler.ConstantLR(opt, 0.5, 2), torch.optim.lr_scheduler.ExponentialLR(opt, 0.9)],
-        [2],
-    ),
-}
-
-
-@both_backends
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_scheduler_moves_a_tensor_learning_rate_as_it_moves_a_float(backend: str, name: str) -> None:
-    rates: list[list[float]] = []
-    finals = []
-    for lr in (0.125, torch.tensor(0.125, dtype=torch.float64)):
-        w = parameter(1.0, -2.0)
-        opt = Sassha([w], lr=lr, backend=backend)
-        scheduler = SCHEDULERS[name](opt)
-        rates.append([])
-        for _ in range(6):
-            rates[-1].append(float(opt.param_groups[0]["lr"]))
-            opt.step(lambda: (w**4).sum())
-            scheduler.step()
-        assert isinstance(opt.param_groups[0]["lr"], Tensor) == isinstance(lr, Tensor)
-        finals.append(w.detach())
-    assert len(set(rates[0])) > 1
-    torch.testing.assert_close(rates[0], rates[1], rtol=1e-12, atol=0)
-    torch.testing.assert_close(finals[0], finals[1], rtol=1e-6, atol=0)
-
-
-@both_backends
-def test_the_learning_rate_of_the_moment_is_used(backend: str) -> None:
-    problem = Problem(backend).train(2)
-    before = weights(problem.params)
-    for group in problem.opt.param_groups:
-        group["lr"] = 0.0
+@pytest.mark.parametrize("empty", [lambda state: state.clear(), lambda state: [state.pop(name) for name in STATES]])
+def test_an_emptied_entry_starts_anew(empty: Callable[[dict[str, Any]], Any]) -> None:
+    problem = Problem().train(2)
+    empty(problem.opt.state[problem.params[1]])
     problem.step()
+    counts = [[int(problem.opt.state[param][name]) for name in STATES[:2]] for param in problem.params]
+    assert counts == [[3, 3], [1, 1], [3, 3], [3, 3]]
+
+
+def test_half_an_entry_is_refused_and_names_what_is_missing() -> None:
+    problem = Problem().train(2)
+    before = weights(problem.params)
+    average = problem.opt.state[problem.params[1]].pop("exp_hessian")
+    with pytest.raises(ValueError, match="exp_hessian"):
+        problem.step()
     assert_same(weights(problem.params), before)
+    problem.opt.state[problem.params[1]]["exp_hessian"] = average
+    assert_same(problem.train(2).snapshot()["weights"], undisturbed(Problem, "cpu", 4)["weights"])
+
+
+def test_copies_of_an_entry_are_plain_dicts() -> None:
+    problem = Problem().train(1)
+    state = problem.opt.state[problem.params[0]]
+    assert isinstance(state, dict)
+    assert type(copy.deepcopy(state)) is type(copy.copy(state)) is dict
+    assert type(pickle.loads(pickle.dumps(state))) is dict
+    assert {type(entry) for entry in problem.opt.state_dict()["state"].values()} == {dict}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters that join
+
+
+@both_backends
+@pytest.mark.parametrize("style", STYLES)
+def test_a_silent_group_added_after_steps_leaves_the_others_on_their_course(backend: str, style: str) -> None:
+    # Its gradients are zero, so that N is what it was; with S = 1 the signs it has taken part in drop out. All steps
+    # are Hessian steps, since the first gradient of a group makes one of its step.
+    problem, alone = (Problem(backend, hessian_interval=1).train(2, style) for _ in range(2))
+    late = parameter(1.0, 2.0)
+    problem.opt.add_param_group({"params": [late]})
+    assert_same(problem.snapshot()["state"], alone.snapshot()["state"])
+    STYLES[style](problem.opt, lambda: problem.loss() + 0 * late.sum())
+    problem.steps += 1
+    expected = alone.train(1, style).snapshot()
+    assert_same(weights(problem.params), expected["weights"])
+    state = problem.snapshot()["state"]
+    assert_same({key: state[key] for key in range(4)}, expected["state"])
+    assert int(state[4]["hessian_step"]) == 1
+
+
+@both_backends
+@pytest.mark.parametrize("style", STYLES)
+def test_a_group_that_joins_on_a_lazy_step_makes_it_a_hessian_step_of_all(backend: str, style: str) -> None:
+    problem = Problem(backend).train(2, style)
+    late = parameter(1.0, 2.0)
+    problem.opt.add_param_group({"params": [late]})
+    STYLES[style](problem.opt, lambda: problem.loss() + (late**3).sum())
+    assert [int(state["hessian_step"]) for state in problem.opt.state.values()] == [3, 3, 3, 3, 1]
+    group = problem.opt.state_dict()["param_groups"][0]
+    assert (group["steps"], group["hessian_evaluations"]) == (3, 2)
+    STYLES[style](problem.opt, problem.loss)  # T = 3: by the schedule, which does not start anew
+    assert problem.opt.state_dict()["param_groups"][0]["hessian_evaluations"] == 3
+
+
+@both_backends
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_group_added_last_does_not_move_the_signs_of_the_others(backend: str, samples: int) -> None:
+    # All join in the first step; the diagonal Hessian of a separable loss shows no other parameter's signs.
+    hessians = []
+    for extra in ([], [parameter(1.0, 2.0)]):
+        params = [parameter(1.0, -2.0, 3.0), parameter(0.5)]
+        opt = Sassha(params, rho=0.0, hessian_samples=samples, backend=backend)
+        for param in extra:
+            opt.add_param_group({"params": [param]})
+
+        def loss(first: Tensor = params[0], rest: tuple[Tensor, ...] = (params[1], *extra)) -> Tensor:
+            return (first.sum() ** 4) + sum((param**4).sum() for param in rest)
+
+        opt.step(loss)
+        hessians.append([opt.state[param]["exp_hessian"].clone() for param in params])
+    assert_same(*hessians)
+
+
+@both_backends
+def test_state_that_moves_when_a_parameter_joins_keeps_its_numbers(backend: str) -> None:
+    params = [nn.Parameter(torch.full((n,), 1.0 + n)) for n in (3, 200, 5)]
+    opt = Sassha(params, hessian_interval=100, backend=backend)
+    opt.step(lambda: (params[0] ** 3).sum() + (params[2] ** 3).sum())
+    before = [{name: value.clone() for name, value in opt.state[params[i]].items()} for i in (0, 2)]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    opt.perturb()  # the middle one joins, and the third one's part moves
+    opt.restore()
+    assert_same([opt.state[params[i]] for i in (0, 2)], before)
+    assert opt.state[params[2]]["exp_avg"].storage_offset() == 128 + 256
