@@ -43,7 +43,7 @@ class GradientWatch:
         self._arrived: set[Tensor] = set()
         self._coming: dict[Tensor, tuple[bool, bool]] = {}
         self._handles = []
-        for param in params:
+        for param in dict.fromkeys(params):  # one that is listed twice is one
             self._handles.append(param.register_hook(functools.partial(self._note_coming, param)))
             _run_last_hook_first(param)
             self._handles.append(param.register_post_accumulate_grad_hook(self._note_arrived))

@@ -81,7 +81,8 @@ class uninterrupted:
 
 
 def _handle_at_w(number: int, frame: FrameType | None) -> None:
+    handler = _waiting[number]
     with ExitStack() as back:
         for weights in list(_away):
             back.enter_context(weights.back_at_w())
-        _waiting[number](number, frame)
+        handler(number, frame)

@@ -202,7 +202,8 @@ class Step:
                 take_products(self)
         finally:
             with self._run.uninterrupted:
-                self.put_back(self._moved)
+                if self.perturbed:  # not where a handler has raised, and so has left w
+                    self.put_back(self._moved)
                 self.perturbed = False
             if over:
                 self.end()
@@ -247,15 +248,17 @@ class Step:
         if not self.perturbed:
             yield
             return
-        self.perturbed = False
         try:
-            passes.swap_with_backup(self._moved)
+            with self._run.uninterrupted:  # a second signal may come
+                passes.swap_with_backup(self._moved)
+                self.perturbed = False
             yield
         except BaseException:
             self.end()
             raise
-        passes.swap_with_backup(self._moved)
-        self.perturbed = True
+        with self._run.uninterrupted:
+            passes.swap_with_backup(self._moved)
+            self.perturbed = True
 
     def put_back(self, selections: Sequence[Selection]) -> None:
         """w' -> w of these."""
