@@ -97,11 +97,32 @@ class FusedOptimizer(Optimizer):
         elif run.step is not None:
             with run.step.gradients():
                 yield
-        else:  # rho is 0 in every group: this pass is the only one
-            if run.watch is None:
-                run.watch = GradientWatch(param for param in of_groups(self.param_groups) if param.requires_grad)
+        elif self._rho() > 0:  # a first pass, of which perturb() needs no graph
             with building_graphs():
                 yield
+        else:  # this pass is the only one
+            if run.watch is None:
+                run.watch = GradientWatch(param for param in of_groups(self.param_groups) if param.requires_grad)
+            try:
+                with building_graphs():
+                    yield
+            except BaseException:
+                self._forget_watch()
+                raise
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, as in torch.optim."""
+        super().zero_grad(set_to_none)
+        self._forget_watch()
+
+    def _forget_watch(self) -> None:
+        """Takes off the hooks of a hessian_pass() whose gradients no step has used."""
+        if self._run.watch is not None:
+            self._run.watch.remove()
+            self._run.watch = None
+
+    def _rho(self) -> float:
+        return max((group["rho"] for group in self.param_groups), default=0)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -163,7 +184,7 @@ class FusedOptimizer(Optimizer):
         if self._initialises_state(grads):
             run.flat.select(self.param_groups, self.state, run.counts.settle)
             return
-        rho = max((group["rho"] for group in self.param_groups), default=0)
+        rho = self._rho()
         if rho > 0 and grads:
             raise ValueError(
                 f"step() without perturb(), though rho is {rho}: the step takes its gradients at w', not at w. Give "

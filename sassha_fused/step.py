@@ -144,6 +144,7 @@ class Step:
                 # Should one bucket's update have gone through before another's failed, its state knows its counts.
                 run.flat.forget()
                 raise
+            forget_copies_of_weights()
             mark_used(selection.grads[0] for selection in selections)
             self.count(StepTaken(selections[0].bucket.skipped, [s.with_grads(()) for s in selections], bool(products)))
             self.perturbed = False
