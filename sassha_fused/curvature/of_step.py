@@ -88,10 +88,17 @@ class Curvature:
         So do other optimizers of the same loss whose weights are at w': all graphs hold the weights of all.
         """
         waiting = [self] if self.due and (not self._taken or self._has_graphs()) else []
-        waiting += [other for other in list(_under_way) if other is not self and other.due and other._has_graphs()]
+        waiting += [other for other in list(_under_way) if other is not self and other._holds_weights_of(self)]
         taken = [one._take(keep_graph=one is not waiting[-1]) for one in waiting]
         for one, selections in zip(waiting, taken, strict=True):
             one.release(selections)
+
+    def _holds_weights_of(self, other: Curvature) -> bool:
+        """Whether the graph of gradients that wait for their products was built on the weights of the other."""
+        if not self.due or not self._has_graphs():
+            return False
+        grads = [grad for selection in with_gradients(self.of) for grad in selection.grads]
+        return not set(of_groups(other._groups)).isdisjoint(leaves_of(nodes_of(grads)))
 
     def may_take(self) -> bool:
         """Whether the gradients that are there tell the Hessian."""
