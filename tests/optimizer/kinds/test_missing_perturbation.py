@@ -82,6 +82,7 @@ def test_a_scheduler_that_brings_rho_from_0_changes_what_is_asked_for() -> None:
         problem.opt.zero_grad()
         problem.loss().backward(create_graph=problem.opt.hessian_due)
         problem.opt.step()
+    problem.opt.zero_grad()
     for style in ALL_STYLES:
         problem.step(style)
 
