@@ -8,7 +8,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from .gradients import mark_used
+from .gradients import grads_of, mark_used
 from .step import Step
 
 Closure = Callable[[], Tensor]
@@ -27,7 +27,7 @@ def walk(step: Step, closure: Closure, params: Sequence[Tensor]) -> Tensor:
         if not step.arrive():
             break
     step.finish(losses)
-    mark_used(grad for param in params if (grad := param.grad) is not None)
+    mark_used(grads_of(params))
     return losses[0]
 
 

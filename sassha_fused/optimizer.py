@@ -16,7 +16,7 @@ from .closures import walk
 from .curvature.check import check_products
 from .curvature.exact import SOURCES
 from .flat import FlatState
-from .gradients import of_groups, refuse_accumulated
+from .gradients import grads_of, mark_cleared, mark_used, of_groups, refuse_accumulated
 from .hessian_pass import GradientWatch, building_graphs, show_no_warning_of_cycles
 from .ops import check_backend
 from .run import Run
@@ -113,6 +113,8 @@ class FusedOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, as in torch.optim."""
         super().zero_grad(set_to_none)
+        if not set_to_none:
+            mark_cleared(of_groups(self.param_groups))
         self._forget_watch()
 
     def _forget_watch(self) -> None:
@@ -178,9 +180,10 @@ class FusedOptimizer(Optimizer):
         """The rest of a step in phase style, or the whole of one whose only pass was at w."""
         run = self._run
         if run.step is not None:
-            return run.step.finish()
+            run.step.finish()
+            return mark_used(grads_of(of_groups(self.param_groups)))
         run.raise_given_up()
-        grads = [param.grad for param in of_groups(self.param_groups) if param.grad is not None]
+        grads = grads_of(of_groups(self.param_groups))
         if self._initialises_state(grads):
             run.flat.select(self.param_groups, self.state, run.counts.settle)
             return
@@ -192,6 +195,7 @@ class FusedOptimizer(Optimizer):
                 "every group, and one pass is enough"
             )
         Step(run, self.param_groups, self.state).finish()
+        mark_used(grads_of(of_groups(self.param_groups)))
 
     def _initialises_state(self, grads: list[Tensor]) -> bool:
         """Whether torch.distributed.checkpoint has state made: by a step with lr 0 on gradients without a graph."""
@@ -304,6 +308,7 @@ class FusedOptimizer(Optimizer):
         finally:
             handle.remove()
 
+    @torch.no_grad()
     def __getstate__(self) -> dict[str, Any]:
         self._leave_step("a copy of the optimizer")
         self._publish_counts()

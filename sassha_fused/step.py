@@ -19,6 +19,11 @@ from .interrupts import arrive_at_w, leave_w, uninterrupted
 from .run import Run
 
 _grad = attrgetter("grad")
+_version = attrgetter("_version")
+
+
+def _versions_of(selections: Sequence[Selection]) -> list[int]:
+    return [version for selection in selections for version in map(_version, selection.params)]
 
 
 class Step:
@@ -86,7 +91,7 @@ class Step:
         for selection in self._moved:
             for param in selection.params:
                 param.grad = None
-        self._versions = [selection.params[0]._version for selection in self._moved]
+        self._versions = _versions_of(self._moved)
 
     def _perturb(self, selections: list[Selection]) -> Tensor | None:
         refuse_used(selections, "perturb()")
@@ -220,8 +225,7 @@ class Step:
 
     def weights_were_written(self) -> bool:
         """Whether somebody has written into the weights since they are at w', as in loading a model."""
-        versions = [selection.params[0]._version for selection in self._moved]
-        return self.perturbed and versions != self._versions
+        return self.perturbed and self._versions != _versions_of(self._moved)
 
     def refuse_given_up(self) -> None:
         """ValueError where something that the closure called has given this step up."""

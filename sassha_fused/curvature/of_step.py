@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import passes
 from ..flat import Groups, Selection, with_gradients
-from ..gradients import detach, name_of, of_groups
+from ..gradients import detach, is_graph_taken, name_of, of_groups, take_graphs
 from ..hessian_pass import (
     NO_GRAPH,
     GradientWatch,
@@ -101,8 +101,8 @@ class Curvature:
         return not set(of_groups(other._groups)).isdisjoint(leaves_of(nodes_of(grads)))
 
     def may_take(self) -> bool:
-        """Whether the gradients that are there tell the Hessian."""
-        return self._has_graphs() or (self._watch is not None and self._watch.saw_graph)
+        """Whether the gradients that are there tell the Hessian, or have told it to another optimizer's step."""
+        return self._taken or self._has_graphs() or (self._watch is not None and self._watch.saw_graph)
 
     def _has_graphs(self) -> bool:
         return any(any(map(_requires_grad, selection.grads)) for selection in with_gradients(self.of))
@@ -137,8 +137,8 @@ class Curvature:
         """Lets go of the graph of these gradients, and of those that others have got of it."""
         graph = [grad for selection in selections for grad in selection.grads]
         awaited = {param for one in _under_way if one is not self for param in of_groups(one._groups)}
-        detach([leaf for leaf in leaves_of(nodes_of(graph)) if leaf not in awaited])
         detach(of_groups(self._groups))
+        take_graphs(leaf for leaf in leaves_of(nodes_of(graph)) if leaf not in awaited)
 
     def refuse_others(self, selections: Sequence[Selection]) -> None:
         """ValueError where products were taken of other parameters than these."""
@@ -151,6 +151,11 @@ class Curvature:
 
     def _refuse_lost_graphs(self, selections: Sequence[Selection]) -> None:
         grads = [(param, grad) for s in selections for param, grad in zip(s.params, s.grads, strict=True)]
+        if any(is_graph_taken(grad) for _, grad in grads):
+            raise ValueError(
+                "another optimizer's step has used and freed the graph of these gradients. Two optimizers of one loss: "
+                "call perturb() of both before the second backward, and step() of both after it"
+            )
         if not any(grad.requires_grad for _, grad in grads) and not (self._watch and self._watch.saw_graph):
             raise ValueError(NO_GRAPH)
         for param, grad in grads:
