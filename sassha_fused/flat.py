@@ -198,6 +198,10 @@ def _same(ones: Sequence[Any], others: Sequence[Any]) -> bool:
     return len(ones) == len(others) and all(map(is_, ones, others))
 
 
+def _is_view(value: Any, view: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dtype == view.dtype and value.is_set_to(view)
+
+
 class FlatState:
     """The flat state of an optimizer, its buckets laid out anew where what it was made for has changed.
 
@@ -244,6 +248,17 @@ class FlatState:
     def is_current(self) -> bool:
         """Whether every parameter still is as its state was made."""
         return all(bucket.is_current(row) for bucket in self.buckets for row in range(len(bucket.params)))
+
+    def is_replaced(self, states: States) -> bool:
+        """Whether somebody has put other state in the place of what lies here, beside entries of his own."""
+        if not self._edits.made and _same(list(states.values()), self._states):
+            return False
+        return any(
+            not _is_view(states.get(param, {}).get(name), view)
+            for bucket in self.buckets
+            for row, param in enumerate(bucket.params)
+            for name, view in bucket.state_of(row).items()
+        )
 
     def lacks_hessian(self, groups: Groups) -> bool:
         """Whether a parameter that has a gradient now has never had a Hessian."""

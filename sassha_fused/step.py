@@ -163,6 +163,11 @@ class Step:
                     "the weights were written between perturb() and step(), which would be lost: load or change "
                     "weights before perturb() or after step()"
                 )
+            if self._run.flat.is_replaced(self._states):
+                raise ValueError(
+                    "opt.state was replaced between perturb() and step(), which would be lost: edit it before "
+                    "perturb() or after step()"
+                )
             selections = with_gradients(self._moved)
             if not selections:
                 raise ValueError(
@@ -200,10 +205,9 @@ class Step:
             return
         over = not with_gradients(self._moved)
         try:
-            if self.curvature.due and not over:
-                over = not self.curvature.may_take()
-                if not over:
-                    self.curvature.take()
+            over = over or (self.curvature.due and not self.curvature.may_take())
+            if not over:
+                self.curvature.take()
         finally:
             with uninterrupted():
                 self.put_back(self._moved)
