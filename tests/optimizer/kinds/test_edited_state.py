@@ -83,15 +83,36 @@ def test_what_is_put_into_a_state_is_adopted(edit: Any, which: int, steps: int, 
 
 @each_step
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
-def test_between_the_passes_too(edit: Any, steps: int) -> None:
+def test_between_the_passes_it_counts_or_is_refused(edit: Any, steps: int) -> None:
     problem = Problem().train(steps)
+    problem.opt.zero_grad()
     expected = loaded(problem, lambda states: edit(states[0]))
+    before = weights(problem.params)
     problem.perturb()
     edit(problem.opt.state[problem.params[0]])
     problem.loss().backward(create_graph=problem.opt.hessian_due)
+    if edit in (written_in_place, data_swapped):
+        problem.opt.step()
+        problem.steps += 1
+    else:
+        with pytest.raises(ValueError, match=r"opt.state was replaced between perturb\(\) and step\(\)"):
+            problem.opt.step()
+        assert_same(weights(problem.params), before)
+        assert not problem.opt.perturbed
+        problem.opt.zero_grad()  # the edit stays, and counts from here on
+    assert_same(problem.train(2).snapshot(), expected.train(problem.steps - steps).snapshot())
+
+
+def test_entries_of_other_people_may_come_between_the_passes() -> None:
+    problem = Problem().train(1)
+    problem.perturb()
+    problem.opt.state[problem.params[0]]["note"] = "kept"
+    problem.opt.state["a name"] = {}
+    problem.loss().backward()
     problem.opt.step()
     problem.steps += 1
-    assert_same(problem.train(2).snapshot(), expected.train(3).snapshot())
+    assert_same(weights(problem.train(2).params), weights(Problem().train(4).params))
+    assert problem.opt.state[problem.params[0]]["note"] == "kept"
 
 
 def emptied(problem: Problem) -> None:

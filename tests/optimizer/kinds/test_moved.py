@@ -47,14 +47,16 @@ def convert(problem: Problem, part: slice, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("gradients", ["none", "used", "new"])
 @pytest.mark.parametrize("steps", [1, 3], ids=["lazy", "Hessian"])
 @pytest.mark.parametrize("part", PARTS)
-def test_state_follows_to_another_dtype(part: str, steps: int, gradients: str, style: str) -> None:
+def test_state_follows_to_another_dtype(
+    part: str, steps: int, gradients: str, style: str, swapping: bool
+) -> None:
     problem = Mixed().train(steps, style)
     if gradients != "used":
         problem.opt.zero_grad()
     if gradients == "new":
         problem.loss().backward()
     convert(problem, PARTS[part], torch.float64)
-    if gradients == "new":
+    if gradients == "new" or swapping:  # swapped gradients are others than those that a step has used
         problem.opt.zero_grad()
     before = state_of(problem)
     listed = [param for group in problem.opt.param_groups for param in group["params"]]
@@ -79,6 +81,7 @@ def test_there_and_back_is_as_if_nothing_had_been(part: str) -> None:
     problem = Mixed().train(2)
     convert(problem, PARTS[part], torch.float64)
     convert(problem, PARTS[part], torch.float32)
+    problem.opt.zero_grad()
     problem.train(3)
     assert_same(weights(problem.params), weights(Mixed().train(5).params))
 
