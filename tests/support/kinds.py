@@ -17,7 +17,6 @@ from sassha_fused.checks import SHARED
 from tests.support.problems import ALL_STYLES, Problem, assert_same, weights
 from tests.support.reference import ReferenceSassha
 
-
 all_styles = pytest.mark.parametrize("style", ALL_STYLES)
 
 

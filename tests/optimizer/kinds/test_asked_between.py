@@ -1,4 +1,4 @@
-"""State that is saved or copied between the passes, or inside one: the weights are w, and the step says it was given up."""
+"""State saved or copied between the passes, or inside one: the weights are w, and the step says it was given up."""
 
 from __future__ import annotations
 

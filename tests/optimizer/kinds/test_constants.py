@@ -205,9 +205,7 @@ def with_backward(net: Net) -> Callable[[], Tensor]:
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", networks())
-def test_what_is_right_passes_and_all_is_as_before(
-    name: str, dtype: torch.dtype, steps: int, standard: bool
-) -> None:
+def test_what_is_right_passes_and_all_is_as_before(name: str, dtype: torch.dtype, steps: int, standard: bool) -> None:
     net = networks()[name].to(dtype)
     net.inputs = net.inputs.to(dtype)
     opt = Sassha(net.named_parameters(), lr=1e-3, backend="cpu")

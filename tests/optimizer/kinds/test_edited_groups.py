@@ -153,7 +153,7 @@ def test_an_edit_counts_from_the_next_step_on_in_every_style(name: str, value: A
     other = Problem(backend="eager").train(2)
     loaded = Problem(**{name: value}, backend="cpu")
     state = copy.deepcopy(other.opt.state_dict())
-    for group, own in zip(state["param_groups"], loaded.opt.param_groups):
+    for group, _own in zip(state["param_groups"], loaded.opt.param_groups):
         group[name] = value
     loaded.model.load_state_dict(other.model.state_dict())
     loaded.opt.load_state_dict(state)

@@ -47,9 +47,7 @@ def convert(problem: Problem, part: slice, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("gradients", ["none", "used", "new"])
 @pytest.mark.parametrize("steps", [1, 3], ids=["lazy", "Hessian"])
 @pytest.mark.parametrize("part", PARTS)
-def test_state_follows_to_another_dtype(
-    part: str, steps: int, gradients: str, style: str, swapping: bool
-) -> None:
+def test_state_follows_to_another_dtype(part: str, steps: int, gradients: str, style: str, swapping: bool) -> None:
     problem = Mixed().train(steps, style)
     if gradients != "used":
         problem.opt.zero_grad()
@@ -71,7 +69,9 @@ def test_state_follows_to_another_dtype(
     problem.train(3, style), expected.train(3, style)
     assert_same(weights(problem.params), weights(expected.params))
     assert_same(state_of(problem), state_of(expected))
-    assert all(not torch.equal(one["exp_avg"].float(), two["exp_avg"].float()) for one, two in zip(state_of(problem), before))
+    assert all(
+        not torch.equal(one["exp_avg"].float(), two["exp_avg"].float()) for one, two in zip(state_of(problem), before)
+    )
     problem.opt.zero_grad()
     assert_clean(problem.params)
 

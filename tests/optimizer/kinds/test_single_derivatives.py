@@ -134,7 +134,7 @@ def test_an_error_of_the_model_itself_is_left_as_it_is(style: str) -> None:
     net.twice = True
     opt = Sassha(net.parameters(), backend="cpu")
     before = weights(net.parameters())
-    with pytest.raises(RuntimeError, match="^of the model's own$"):
+    with pytest.raises(RuntimeError, match=r"^of the model's own$"):
         ALL_STYLES[style](opt, raises_in_backward(net))
     opt.restore()
     assert_same(weights(net.parameters()), before)
