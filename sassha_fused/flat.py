@@ -170,11 +170,16 @@ def _same(ones: Sequence[Any], others: Sequence[Any]) -> bool:
     return len(ones) == len(others) and all(map(is_, ones, others))
 
 
+def _is_view(value: Any, view: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dtype == view.dtype and value.is_set_to(view)
+
+
 class FlatState:
     """The flat state of an optimizer, its buckets laid out anew where what it was made for has changed.
 
     Attributes:
         buckets: where the state lies.
+        states: the entries of opt.state as they were when it was laid out, and edits whether somebody has edited one.
         laid_out: whether it lies as groups and states asked for when it was last looked at.
     """
 
@@ -186,10 +191,10 @@ class FlatState:
     def forget(self) -> None:
         """Lays the state out anew when it is next needed, from what opt.state then holds."""
         self.laid_out = False
-        self._edits = Edits()
+        self.edits = Edits()
         self._stateless: list[Tensor] = []
         self._params: list[list[Tensor]] = []
-        self._states: list[dict[str, Any]] = []
+        self.states: list[dict[str, Any]] = []
 
     def select(self, groups: Groups, states: States, catch_up: Callable[[], int]) -> list[Selection]:
         """The parameters that have a gradient, by bucket; the first gradient gives a parameter its state.
@@ -209,9 +214,9 @@ class FlatState:
         """Whether a parameter waits for its state, or someone has edited the groups, their parameters or the states."""
         return (
             not self.laid_out
-            or self._edits.made
+            or self.edits.made
             or any(param.grad is not None for param in self._stateless)
-            or not _same(list(states.values()), self._states)
+            or not _same(list(states.values()), self.states)
             or len(groups) != len(self._params)
             or not all(_same(group["params"], params) for group, params in zip(groups, self._params, strict=True))
             or not all(bucket.is_current(bucket.telling) and bucket.is_current(0) for bucket in self.buckets)
@@ -220,6 +225,15 @@ class FlatState:
     def is_current(self) -> bool:
         """Whether every parameter still is as its state was made."""
         return all(bucket.is_current(row) for bucket in self.buckets for row in range(len(bucket.params)))
+
+    def is_replaced(self, states: States) -> bool:
+        """Whether somebody has put other state in the place of what lies here, beside entries of his own."""
+        return any(
+            not _is_view(states.get(param, {}).get(name), view)
+            for bucket in self.buckets
+            for row, param in enumerate(bucket.params)
+            for name, view in bucket.state_of(row).items()
+        )
 
     def lacks_hessian(self, params: Iterable[Tensor]) -> bool:
         """Whether one of these has never had a Hessian."""
@@ -234,12 +248,12 @@ class FlatState:
                 states that someone has edited is incomplete or of another shape than its parameter.
         """
         known = {p: row not in b.without_hessian for b in self.buckets for row, p in enumerate(b.params)}
-        edited = self._edits.made
+        edited = self.edits.made
         made: list[Bucket] = []
         stateless: list[Tensor] = []
         for group, members in _members(groups, states, stateless):
             made.append(Bucket(group, members, [_state_of(states, m.param) for m in members], self.backend))
-        self._edits = Edits()
+        self.edits = Edits()
         for bucket in made:
             for row, param in enumerate(bucket.params):
                 old = _state_of(states, param)
@@ -249,11 +263,11 @@ class FlatState:
                     bucket.without_hessian.discard(row)
         for bucket in made:
             for row, param in enumerate(bucket.params):
-                states[param] = ParameterState({**states.get(param, {}), **bucket.state_of(row)}, self._edits)
+                states[param] = ParameterState({**states.get(param, {}), **bucket.state_of(row)}, self.edits)
         self.buckets = made
         self._stateless = stateless
         self._params = [list(group["params"]) for group in groups]
-        self._states = list(states.values())
+        self.states = list(states.values())
         self.laid_out = True
 
 

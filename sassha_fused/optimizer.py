@@ -12,11 +12,11 @@ from torch.optim.optimizer import Optimizer
 
 from .checkpoint import AsSaved, check_and_protect, counts_of, with_plain_states
 from .checks import check_choice, check_groups, check_parameter, is_single, refuse_grad_scaler
-from .closures import refuse_accumulated, walk
+from .closures import walk
 from .curvature.check import check_products
 from .curvature.exact import SOURCES
 from .flat import FlatState
-from .gradients import of_groups
+from .gradients import grads_of, mark_cleared, of_groups, refuse_accumulated
 from .hessian_pass import GradientWatch, building_graphs, show_no_warning_of_cycles
 from .ops import check_backend
 from .run import Run
@@ -96,11 +96,34 @@ class FusedOptimizer(Optimizer):
         elif run.step is not None:
             with run.step.gradients():
                 yield
-        else:  # rho is 0 in every group: this pass is the only one
-            if run.watch is None:
-                run.watch = GradientWatch(param for param in of_groups(self.param_groups) if param.requires_grad)
+        elif self._rho() > 0:  # a first pass, of which perturb() needs no graph
             with building_graphs():
                 yield
+        else:  # this pass is the only one
+            if run.watch is None:
+                run.watch = GradientWatch(param for param in of_groups(self.param_groups) if param.requires_grad)
+            try:
+                with building_graphs():
+                    yield
+            except BaseException:
+                self._forget_watch()
+                raise
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, as in torch.optim."""
+        super().zero_grad(set_to_none)
+        if not set_to_none:
+            mark_cleared(of_groups(self.param_groups))
+        self._forget_watch()
+
+    def _forget_watch(self) -> None:
+        """Takes off the hooks of a hessian_pass() whose gradients no step has used."""
+        if self._run.watch is not None:
+            self._run.watch.remove()
+            self._run.watch = None
+
+    def _rho(self) -> float:
+        return max((group["rho"] for group in self.param_groups), default=0)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -162,7 +185,7 @@ class FusedOptimizer(Optimizer):
         if run.step is not None:
             return run.step.finish()
         run.raise_given_up()
-        grads = [param.grad for param in of_groups(self.param_groups) if param.grad is not None]
+        grads = grads_of(of_groups(self.param_groups))
         if self._initialises_state(grads):
             run.flat.select(self.param_groups, self.state, run.counts.catch_up)
             return

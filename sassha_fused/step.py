@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from operator import attrgetter, is_
@@ -16,10 +16,15 @@ from .checks import values_of
 from .counts import StepTaken
 from .curvature.of_step import Curvature, release_graphs, take_products, under_way
 from .flat import Groups, Selection, States, with_gradients
+from .gradients import refuse_used
 from .hessian_pass import building_graphs, set_aside
 from .run import Run
 
-_grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
+_grad, _requires_grad, _version = attrgetter("grad"), attrgetter("requires_grad"), attrgetter("_version")
+
+
+def _versions_of(selections: Sequence[Selection]) -> list[int]:
+    return [version for selection in selections for version in map(_version, selection.params)]
 
 
 class Step:
@@ -102,10 +107,11 @@ class Step:
             selection.grads = ()
             for param in selection.params:
                 param.grad = None
-        self._versions = [selection.params[0]._version for selection in self._moved]
+        self._versions = _versions_of(self._moved)
 
     def _perturb(self, selections: list[Selection]) -> Tensor | None:
-        _refuse_used(selections, "perturb()")
+        if any(hasattr(selection.grads[0], "_used_in_version") for selection in selections):
+            refuse_used((selection.grads[0] for selection in selections), "perturb()")
         if not selections:
             return None
         try:
@@ -152,7 +158,8 @@ class Step:
                 self._run.flat.forget()
                 raise
             for selection in selections:
-                mark_used(selection.grads)
+                for grad in selection.grads:
+                    grad._used_in_version = grad._version  # type: ignore[union-attr]
                 selection.grads = ()
             self.count(StepTaken(selections[0].bucket.skipped, selections, bool(products)))
             self.perturbed = False
@@ -165,6 +172,13 @@ class Step:
                 "the weights were written between perturb() and step(), which would be lost: load or change weights "
                 "before perturb() or after step()"
             )
+        flat, states = self._run.flat, self._states.values()
+        untouched = not flat.edits.made and len(states) == len(flat.states) and all(map(is_, states, flat.states))
+        if not untouched and flat.is_replaced(self._states):
+            raise ValueError(
+                "opt.state was replaced between perturb() and step(), which would be lost: edit it before perturb() or "
+                "after step()"
+            )
         selections = with_gradients(self._moved)
         if not selections:
             raise ValueError(
@@ -175,7 +189,7 @@ class Step:
 
     def _at_w(self, selections: list[Selection]) -> list[Selection]:
         """The parameters that have a gradient of the only pass."""
-        _refuse_used(selections, "step()")
+        refuse_used((selection.grads[0] for selection in selections), "step()")
         for selection in selections:
             passes.norm([selection])  # refuses what does not fit, as where a part of the model has moved
         due = self._run.is_scheduled(self.groups) or any(s.lacks_hessian() for s in selections)
@@ -221,7 +235,7 @@ class Step:
 
     def weights_were_written(self) -> bool:
         """Whether somebody has written into the weights since they are at w', as in loading a model."""
-        return self.perturbed and self._versions != [selection.params[0]._version for selection in self._moved]
+        return self.perturbed and self._versions != _versions_of(self._moved)
 
     def refuse_given_up(self) -> None:
         """ValueError where something that the closure called has given this step up."""
@@ -272,28 +286,3 @@ class Step:
         for selection in self._moved:
             if others := [i for i, param in enumerate(selection.params) if param not in updated]:
                 self.put_back([selection.at(others)])
-
-
-# A mark on the tensor itself: it ends with it, where an id or an address may be another tensor's next, and a weak
-# reference would keep torch from swapping the tensor.
-def mark_used(grads: Iterable[Tensor | None]) -> None:
-    """Remembers that a step has used these gradients as they now are."""
-    for grad in grads:
-        if grad is not None:
-            grad._used_in_version = grad._version  # type: ignore[attr-defined]
-
-
-def is_used(grad: Tensor) -> bool:
-    """Whether a step has used this gradient, and nobody has written into it since."""
-    used: bool = getattr(grad, "_used_in_version", None) == grad._version
-    return used
-
-
-def _refuse_used(selections: Sequence[Selection], call: str) -> None:
-    """ValueError where the gradients are those of the step before."""
-    for selection in selections:
-        if is_used(selection.grads[0]):
-            raise ValueError(
-                f"{call} found gradients that were used by the step before: a step() was called twice after one "
-                "perturb(), or zero_grad() and the backward of this step are missing"
-            )

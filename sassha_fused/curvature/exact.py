@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..hessian_pass import nodes_of
+
 
 @dataclass(frozen=True)
 class HessianSource:
@@ -35,6 +37,7 @@ def autograd_products(
     if not curved:
         return [torch.zeros_like(z) for z in signs]
     try:
+        _refuse_once_differentiable([gradients[i] for i in curved])
         return torch.autograd.grad(
             [gradients[i] for i in curved],
             params,
@@ -45,6 +48,12 @@ def autograd_products(
         )
     except RuntimeError as error:
         raise RuntimeError(with_way_out(error)) from error
+
+
+def _refuse_once_differentiable(gradients: Sequence[Tensor]) -> None:
+    # Torch raises where it comes to such a node, which it does not on its way to inputs that are asked for by name.
+    if any(node.name() == "Error" or type(node).__name__ == "Error" for node in nodes_of(gradients)):
+        raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
 
 
 def with_way_out(error: RuntimeError) -> str:
