@@ -56,3 +56,15 @@ def evaluate(closure: Closure, params: Sequence[Tensor]) -> Tensor:
             if trainable or "backward through the graph a second time" not in str(error):
                 raise
     return loss.detach()
+
+
+def ends_step(closure: Callable[[], object], params: Sequence[Tensor]) -> bool:
+    """Whether a closure that does nothing, as Lightning makes, stands for none at the end of a step in phase style."""
+    if all(param.grad is None for param in params):
+        return False
+    if closure() is not None:
+        raise ValueError(
+            "step(closure) after perturb() and a second backward: the step under way would be dropped. Call step() "
+            "without a closure, or restore() and zero_grad() first"
+        )
+    return True

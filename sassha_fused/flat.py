@@ -15,12 +15,10 @@ from torch import Tensor
 from .checks import check_gradients, check_parameter
 from .layout import state_dtype, view_of
 from .ops import Operators, operators
-from .parameter_state import Edits, ParameterState
+from .parameter_state import Edits, ParameterState, check_shape, complete_state
 
 # The state of a parameter starts at a multiple of this many elements: 256 bytes in the narrowest dtype.
 ALIGNMENT = 128
-
-STATES = ("step", "hessian_step", "exp_avg", "exp_hessian")
 
 Groups = Sequence[dict[str, Any]]
 States = dict[Tensor, dict[str, Any]]
@@ -144,7 +142,7 @@ class Selection:
     def check_shapes(self) -> None:
         """ValueError where a parameter has changed its shape since its state was made."""
         for row, param in zip(self.rows, self.params, strict=True):
-            _check_shape(param, self.bucket.layouts[row][0])
+            check_shape(param, self.bucket.layouts[row][0])
 
 
 def with_gradients(selections: Sequence[Selection]) -> list[Selection]:
@@ -159,11 +157,6 @@ def with_gradients(selections: Sequence[Selection]) -> list[Selection]:
             selection, grads = selection.at(present), [grads[i] for i in present]
         found.append(selection.with_grads(grads))
     return found
-
-
-def _check_shape(param: Tensor, shape: torch.Size) -> None:
-    if param.shape != shape:
-        raise ValueError(f"a parameter now has shape {tuple(param.shape)}, but its state has {tuple(shape)}")
 
 
 def _same(ones: Sequence[Any], others: Sequence[Any]) -> bool:
@@ -252,11 +245,11 @@ class FlatState:
         made: list[Bucket] = []
         stateless: list[Tensor] = []
         for group, members in _members(groups, states, stateless):
-            made.append(Bucket(group, members, [_state_of(states, m.param) for m in members], self.backend))
+            made.append(Bucket(group, members, [complete_state(states, m.param) for m in members], self.backend))
         self.edits = Edits()
         for bucket in made:
             for row, param in enumerate(bucket.params):
-                old = _state_of(states, param)
+                old = complete_state(states, param)
                 # Read from the state only where no bucket knows: a device's counts would have to be waited for.
                 had = known.get(param) if not edited else None
                 if old and (int(old["hessian_step"]) > 0 if had is None else had):
@@ -271,22 +264,6 @@ class FlatState:
         self.laid_out = True
 
 
-def _state_of(states: States, param: Tensor) -> dict[str, Any]:
-    """What states holds of a parameter, beside what other people may have put there; nothing where it was emptied."""
-    state = states.get(param, {})
-    missing = [name for name in STATES if name not in state]
-    if len(missing) == len(STATES):
-        return {}
-    if missing:
-        raise ValueError(
-            f"opt.state of a parameter of shape {tuple(param.shape)} has no {', '.join(missing)} any more: put it "
-            "back, or empty the whole entry to have it start anew"
-        )
-    for name in ("exp_avg", "exp_hessian"):
-        _check_shape(param, torch.as_tensor(state[name]).shape)
-    return state
-
-
 def _members(
     groups: Groups, states: States, stateless: list[Tensor]
 ) -> Iterator[tuple[dict[str, Any], Sequence[Member]]]:
@@ -295,7 +272,7 @@ def _members(
     for group in groups:
         members: dict[tuple[torch.device, torch.dtype], list[Member]] = defaultdict(list)
         for param in dict.fromkeys(group["params"]):
-            if _state_of(states, param):
+            if complete_state(states, param):
                 members[param.device, param.dtype].append(Member(param, index))
             elif param.grad is not None:
                 check_parameter(param)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .checkpoint import AsSaved, check_and_protect, counts_of, with_plain_states
+from .checkpoint import AsSaved, check_and_protect, counts_of, initialises_state, with_plain_states
 from .checks import check_choice, check_groups, check_parameter, is_single, refuse_grad_scaler
-from .closures import walk
+from .closures import ends_step, walk
 from .curvature.check import check_products
 from .curvature.exact import SOURCES
 from .flat import FlatState
 from .gradients import grads_of, mark_cleared, of_groups, refuse_accumulated
-from .hessian_pass import GradientWatch, building_graphs, show_no_warning_of_cycles
+from .hessian_pass import show_no_warning_of_cycles
 from .ops import check_backend
 from .run import Run
 from .step import Step
@@ -96,34 +96,18 @@ class FusedOptimizer(Optimizer):
         elif run.step is not None:
             with run.step.gradients():
                 yield
-        elif self._rho() > 0:  # a first pass, of which perturb() needs no graph
-            with building_graphs():
+        elif not is_single(self.param_groups):
+            yield  # a first pass, whose gradients perturb() takes without a graph
+        else:
+            with run.only_pass(self.param_groups):
                 yield
-        else:  # this pass is the only one
-            if run.watch is None:
-                run.watch = GradientWatch(param for param in of_groups(self.param_groups) if param.requires_grad)
-            try:
-                with building_graphs():
-                    yield
-            except BaseException:
-                self._forget_watch()
-                raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, as in torch.optim."""
         super().zero_grad(set_to_none)
         if not set_to_none:
             mark_cleared(of_groups(self.param_groups))
-        self._forget_watch()
-
-    def _forget_watch(self) -> None:
-        """Takes off the hooks of a hessian_pass() whose gradients no step has used."""
-        if self._run.watch is not None:
-            self._run.watch.remove()
-            self._run.watch = None
-
-    def _rho(self) -> float:
-        return max((group["rho"] for group in self.param_groups), default=0)
+        self._run.forget_watch()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -159,7 +143,7 @@ class FusedOptimizer(Optimizer):
         try:
             if "found_inf" in vars(self):
                 refuse_grad_scaler(self)
-            if closure is None or self._finishes_phases(closure):
+            if closure is None or (self.perturbed and ends_step(closure, of_groups(self.param_groups))):
                 self._finish()
                 return None
             if run.step is not None:
@@ -186,7 +170,7 @@ class FusedOptimizer(Optimizer):
             return run.step.finish()
         run.raise_given_up()
         grads = grads_of(of_groups(self.param_groups))
-        if self._initialises_state(grads):
+        if initialises_state(self.param_groups, self.state, grads):
             run.flat.select(self.param_groups, self.state, run.counts.catch_up)
             return
         if grads and not is_single(self.param_groups):
@@ -197,26 +181,6 @@ class FusedOptimizer(Optimizer):
                 "every group, and one pass is enough"
             )
         Step(run, self.param_groups, self.state).finish()
-
-    def _initialises_state(self, grads: list[Tensor]) -> bool:
-        """Whether torch.distributed.checkpoint has state made: by a step with lr 0 on gradients without a graph."""
-        return (
-            bool(grads)
-            and not self.state
-            and not any(grad.requires_grad for grad in grads)
-            and all(float(group["lr"]) == 0 for group in self.param_groups)
-        )
-
-    def _finishes_phases(self, closure: Callable[[], Any]) -> bool:
-        """Whether a step in phase style is finished by a call with a closure that does nothing, as Lightning makes."""
-        if not self.perturbed or all(param.grad is None for param in of_groups(self.param_groups)):
-            return False
-        if closure() is not None:
-            raise ValueError(
-                "step(closure) after perturb() and a second backward: the step under way would be dropped. Call "
-                "step() without a closure, or restore() and zero_grad() first"
-            )
-        return True
 
     @torch.no_grad()
     def check_products(self, closure: Callable[[], Tensor], tolerance: float = 0.1) -> dict[str, float]:
