@@ -13,12 +13,16 @@ from torch.nn.modules import module as modules
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class TwoPass(Protocol):
-    """What running_stats_once needs of an optimizer."""
+class Perturbable(Protocol):
+    """What running_stats_once needs of an optimizer.
+
+    Where there may be steps whose only pass is at w', it has ``second_pass`` as well: whether this step's batch has
+    been through the network before.
+    """
 
     @property
-    def second_pass(self) -> bool:
-        """Whether this step's batch has been through the network before."""
+    def perturbed(self) -> bool:
+        """Whether the weights are at w'."""
         ...
 
 
@@ -54,14 +58,14 @@ def _never() -> bool:
 class RunningStatsHandle:
     """Undoes running_stats_once by remove(), or at the end of a with block."""
 
-    def __init__(self, model: nn.Module, optimizer: TwoPass) -> None:
+    def __init__(self, model: nn.Module, optimizer: Perturbable) -> None:
         # Weakly, so that neither the model nor a copy of it keeps the optimizer and its state alive; and not by the
         # wrapper that a trainer may have put around it, which nobody else may hold.
         to_optimizer = weakref.ref(getattr(optimizer, "_run", optimizer))
 
         def in_second_pass() -> bool:
             found = to_optimizer()
-            return found is not None and found.second_pass
+            return found is not None and getattr(found, "second_pass", found.perturbed)
 
         holding = _Holding(in_second_pass)
         self._hooks = []
@@ -85,7 +89,7 @@ class RunningStatsHandle:
         self.remove()
 
 
-def running_stats_once(model: nn.Module, optimizer: TwoPass) -> RunningStatsHandle:
+def running_stats_once(model: nn.Module, optimizer: Perturbable) -> RunningStatsHandle:
     """Lets the first pass of each step update the batch-norm running statistics of model, and the second pass not.
 
     Call it once after both are made; a second call for the same pair changes nothing more. Works in closure and in
@@ -94,7 +98,7 @@ def running_stats_once(model: nn.Module, optimizer: TwoPass) -> RunningStatsHand
 
     Args:
         model: the network, or any part of it.
-        optimizer: anything with a bool attribute ``second_pass``, such as :class:`sassha_fused.Sassha`; held weakly.
+        optimizer: anything with a bool attribute ``perturbed``, such as :class:`sassha_fused.Sassha`; held weakly.
 
     Returns:
         A handle with ``remove()``, also a context manager.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .checks import check_groups, check_same_corrections
@@ -38,3 +39,19 @@ def check_and_protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[
                     f"{tuple(shapes[key])}"
                 )
     return {**state_dict, "state": {key: AsSaved(state) for key, state in state_dict["state"].items()}}
+
+
+def with_plain_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The states as dicts of Python's own, which note no edits and which torch.load reads with weights_only."""
+    return {**state_dict, "state": {key: dict(state) for key, state in state_dict["state"].items()}}
+
+
+def counts_of(groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> tuple[int, int, int]:
+    """The optimizer's counts as a state_dict has them; of an older one, which lacks steps, those of its parameters."""
+    steps = [group["steps"] for group in groups if "steps" in group]
+    steps = steps or [int(state["step"]) for state in states.values() if "step" in state]
+    return (
+        max(steps, default=0),
+        max((group.get("hessian_evaluations", 0) for group in groups), default=0),
+        max((group.get("skipped_steps", 0) for group in groups), default=0),
+    )

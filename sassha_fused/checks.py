@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -30,13 +30,13 @@ def _check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
 
 
-def _check_lr(lr: Any) -> None:
+def _check_lr(lr: Any, wait: bool) -> None:
     if not isinstance(lr, Tensor):
         _check_number("lr", lr)
         return
     if lr.numel() != 1 or not lr.is_floating_point():
         raise ValueError(f"lr, if a tensor, must be one floating-point element, got {lr!r}")
-    if not 0.0 <= float(lr) < math.inf:
+    if wait and not 0.0 <= float(lr) < math.inf:
         raise ValueError(f"lr must be finite and >= 0, got {lr!r}")
 
 
@@ -60,9 +60,9 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_hyperparameters(group: dict[str, Any]) -> None:
-    """Checks every hyperparameter of one parameter group."""
-    _check_lr(group["lr"])
+def check_hyperparameters(group: dict[str, Any], wait: bool = True) -> None:
+    """Checks every hyperparameter of one parameter group; the value of a tensor, on its device, only if it may wait."""
+    _check_lr(group["lr"], wait)
     for name in ("eps", "weight_decay", "rho"):
         _check_number(name, group[name])
     _check_betas(group["betas"])
@@ -79,10 +79,10 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
             raise TypeError(f"{name} must be a bool, got {group[name]!r}")
 
 
-def check_groups(groups: Sequence[dict[str, Any]]) -> None:
+def check_groups(groups: Sequence[dict[str, Any]], wait: bool = True) -> None:
     """Checks every hyperparameter of all groups, and that they share what belongs to the optimizer."""
     for group in groups:
-        check_hyperparameters(group)
+        check_hyperparameters(group, wait)
         for name in SHARED:
             if group[name] != groups[0][name]:
                 raise ValueError(
@@ -92,29 +92,38 @@ def check_groups(groups: Sequence[dict[str, Any]]) -> None:
 
 
 _NUMBERS = ("lr", "eps", "weight_decay", "rho", "hessian_power")
-_values = itemgetter(*_NUMBERS, "betas", "adaptive", "maximize", "bias_correction", *SHARED)
+values_of = itemgetter(*_NUMBERS, "betas", "adaptive", "maximize", "bias_correction", *SHARED)
+
+
+def is_single(groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether a step has but one pass: w' is w where rho is 0 in every group."""
+    return not any(group["rho"] > 0 for group in groups)
 
 
 class AcceptedGroups:
-    """Checks the groups wherever somebody, a scheduler for one, has edited them since they were last accepted."""
+    """The groups as they were when they were last checked.
+
+    Attributes:
+        values: their hyperparameters; whoever edits a group, a scheduler for one, puts another object there.
+        single: whether a step has but one pass.
+    """
 
     def __init__(self) -> None:
-        self._values: list[Any] = []
+        self.values: list[Any] = []
+        self.single = False
         self._corrections: list[str] = []
 
-    def check(self, groups: Sequence[dict[str, Any]], has_state: bool) -> None:
+    def accept(self, groups: Sequence[dict[str, Any]], has_state: bool) -> None:
         """Accepts the groups as they are; raises TypeError or ValueError, and accepts nothing, where one is wrong."""
-        values = [value for group in groups for value in _values(group)]
-        if len(values) == len(self._values) and all(map(is_, values, self._values)):
-            return
-        check_groups(groups)
+        check_groups(groups, wait=False)
         corrections = [group["bias_correction"] for group in groups]
         if has_state:
             check_same_corrections(self._corrections, corrections)
         for group in groups:
             _in_own_types(group)
-        self._values = [value for group in groups for value in _values(group)]
+        self.values = [value for group in groups for value in values_of(group)]
         self._corrections = corrections
+        self.single = is_single(groups)
 
 
 def check_same_corrections(before: Sequence[str], now: Sequence[str]) -> None:
@@ -162,3 +171,13 @@ def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
             expected, got = getattr(param, name), getattr(grad, name)
             if got != expected:
                 raise ValueError(f"{where} has {name} {got} instead of the parameter's {expected}")
+
+
+def refuse_grad_scaler(optimizer: object) -> None:
+    """ValueError, after taking off the optimizer what a GradScaler leaves there and takes away if no error comes."""
+    for name in ("grad_scale", "found_inf"):
+        vars(optimizer).pop(name, None)
+    raise ValueError(
+        "GradScaler is not supported yet: its scale would stay in the Hessian. Use bfloat16 autocast, which needs no "
+        "scaler, or GradScaler(enabled=False)"
+    )

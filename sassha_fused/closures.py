@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from .gradients import mark_used
-from .step import Step
+from .step import Step, is_used, mark_used
 
 Closure = Callable[[], Tensor]
 
-_requires_grad = attrgetter("requires_grad")
+_grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
 
 
 def walk(step: Step, closure: Closure, params: Sequence[Tensor]) -> Tensor:
@@ -27,7 +26,7 @@ def walk(step: Step, closure: Closure, params: Sequence[Tensor]) -> Tensor:
         if not step.arrive():
             break
     step.finish(losses)
-    mark_used(grad for param in params if (grad := param.grad) is not None)
+    mark_used(map(_grad, params))  # those that took no part as well: the next step drops them
     return losses[0]
 
 
@@ -56,3 +55,15 @@ def evaluate(closure: Closure, params: Sequence[Tensor]) -> Tensor:
             if trainable or "backward through the graph a second time" not in str(error):
                 raise
     return loss.detach()
+
+
+def refuse_accumulated(params: Iterable[Tensor]) -> None:
+    """ValueError where somebody has left gradients that a closure's step would drop."""
+    for param in params:
+        if param.grad is not None and not is_used(param.grad):
+            raise ValueError(
+                "step(closure) found gradients that it would drop: of a backward outside the closure, as in gradient "
+                "accumulation, which is not supported yet, or left by another optimizer's step. Have the closure "
+                "return the sum of the losses of all micro-batches; or, if these gradients are not needed, call "
+                "opt.zero_grad() before step(closure)"
+            )

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .flat import Selection
-from .interrupts import uninterrupted
 
 
 class Flag:
@@ -56,37 +55,46 @@ class StepTaken:
 
 
 class Counts:
-    """The optimizer's own counts; those of a parameter (t and n) lie with its state.
+    """The optimizer's own counts; those of a parameter (t and n) lie with its state."""
 
-    Attributes:
-        steps: T, the steps taken; skipped ones are none.
-        evaluations: Hessian evaluations, the index on which the random signs depend.
-        skipped: steps that were skipped because something in them was not finite.
-    """
-
-    def __init__(self, steps: int = 0, evaluations: int = 0, skipped: int = 0) -> None:
-        self.set(steps, evaluations, skipped)
+    def __init__(self) -> None:
+        self.set(0, 0, 0)
 
     def set(self, steps: int, evaluations: int, skipped: int) -> None:
         """Starts from these, and forgets the step that it has not yet counted."""
-        self.steps, self.evaluations, self.skipped = steps, evaluations, skipped
-        self._uncounted: tuple[Flag, StepTaken] | None = None
+        # One attribute, since an interrupt may come between any two.
+        self._counts: tuple[int, int, int, tuple[Flag, StepTaken] | None] = (steps, evaluations, skipped, None)
+
+    @property
+    def steps(self) -> int:
+        """T, the steps taken; skipped ones are none."""
+        return self._counts[0]
+
+    @property
+    def evaluations(self) -> int:
+        """Hessian evaluations so far: the index of the next, on which the random signs depend."""
+        return self._counts[1]
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were skipped because something in them was not finite."""
+        return self._counts[2]
 
     def count(self, taken: StepTaken) -> None:
         """Counts a step as soon as the counts are needed, when it is known whether the device skipped it."""
-        self._uncounted = Flag(taken.skipped), taken
+        self._counts = (*self._counts[:3], (Flag(taken.skipped), taken))
 
-    def settle(self) -> None:
-        """Counts the last step; waits for the device to be through with it."""
-        if self._uncounted is None:
-            return
-        with uninterrupted():
-            (skipped, taken), self._uncounted = self._uncounted, None
-            if skipped.read():
-                self.skipped += 1
-                return
-            self.steps += 1
-            if taken.evaluated:
-                self.evaluations += 1
-                for selection in taken.selections:
+    def settle(self) -> int:
+        """Counts the last step, for which it waits until the device is through with it; returns T."""
+        steps, evaluations, skipped, uncounted = self._counts
+        if uncounted is not None:
+            flag, taken = uncounted
+            if flag.read():
+                skipped += 1
+            else:
+                steps += 1
+                evaluations += taken.evaluated
+                for selection in taken.selections if taken.evaluated else ():
                     selection.bucket.without_hessian.difference_update(selection.rows)
+            self.set(steps, evaluations, skipped)
+        return steps

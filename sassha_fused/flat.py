@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from operator import attrgetter, is_, is_not
@@ -15,6 +15,7 @@ from torch import Tensor
 from .checks import check_gradients, check_parameter
 from .layout import state_dtype, view_of
 from .ops import Operators, operators
+from .parameter_state import Edits, ParameterState
 
 # The state of a parameter starts at a multiple of this many elements: 256 bytes in the narrowest dtype.
 ALIGNMENT = 128
@@ -25,38 +26,6 @@ Groups = Sequence[dict[str, Any]]
 States = dict[Tensor, dict[str, Any]]
 
 _grad = attrgetter("grad")
-
-
-class Edits:
-    """Whether somebody has edited the state of a parameter since it was laid out."""
-
-    def __init__(self) -> None:
-        self.made = False
-
-
-class ParameterState(dict[str, Any]):
-    """``opt.state[p]``: a dict that notes when its owner edits it. Copies and pickles are plain dicts."""
-
-    def __init__(self, entries: dict[str, Any], edits: Edits) -> None:
-        super().__init__(entries)
-        self._edits = edits
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)
-
-
-def _noting(name: str) -> Callable[..., Any]:
-    edit = getattr(dict, name)
-
-    def noted(self: ParameterState, *arguments: Any, **named: Any) -> Any:
-        self._edits.made = True
-        return edit(self, *arguments, **named)
-
-    return noted
-
-
-for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
-    setattr(ParameterState, _name, _noting(_name))
 
 
 @dataclass(frozen=True)
@@ -77,7 +46,6 @@ class Bucket:
         skipped: int64 ``[1]``, 1 where the last update skipped a non-finite step.
         evaluation: int64, the index of the Hessian evaluation under way.
         without_hessian: the rows of the parameters that have never had a Hessian.
-        everything: all of them, as a selection without gradients.
     """
 
     def __init__(
@@ -103,9 +71,13 @@ class Bucket:
                     view.copy_(torch.as_tensor(state[name]))
         rows = list(range(len(members)))
         self.without_hessian = set(rows)
-        self.everything = Selection(
-            self, group, self.params, (), self.offsets, rows, [member.index for member in members]
-        )
+        self._group, self._rows, self._indices = group, rows, [member.index for member in members]
+
+    # Not kept: a cycle would have the buffers wait for the garbage collector.
+    @property
+    def everything(self) -> Selection:
+        """All parameters, as a selection without gradients."""
+        return Selection(self, self._group, self.params, (), self.offsets, self._rows, self._indices)
 
     def state_of(self, row: int) -> dict[str, Tensor]:
         """One parameter's state, as views of the buffers."""
@@ -219,15 +191,19 @@ class FlatState:
         self._params: list[list[Tensor]] = []
         self._states: list[dict[str, Any]] = []
 
-    def select(self, groups: Groups, states: States, settle: Callable[[], None]) -> list[Selection]:
+    def select(self, groups: Groups, states: States, settle: Callable[[], int]) -> list[Selection]:
         """The parameters that have a gradient, by bucket; the first gradient gives a parameter its state.
 
         settle brings the host's counts up to date, which may wait for the device: done only where they are needed.
         """
-        if self.is_outdated(groups, states):
+        outdated = self.is_outdated(groups, states)
+        selections = [] if outdated else with_gradients([bucket.everything for bucket in self.buckets])
+        # The operators find what does not go with the first of their parameters, but not that this one has changed.
+        if outdated or not all(selection.bucket.is_current(selection.rows[0]) for selection in selections):
             settle()
             self.lay_out(groups, states)
-        return with_gradients([bucket.everything for bucket in self.buckets])
+            selections = with_gradients([bucket.everything for bucket in self.buckets])
+        return selections
 
     def is_outdated(self, groups: Groups, states: States) -> bool:
         """Whether a parameter waits for its state, or someone has edited the groups, their parameters or the states."""
@@ -245,10 +221,10 @@ class FlatState:
         """Whether every parameter still is as its state was made."""
         return all(bucket.is_current(row) for bucket in self.buckets for row in range(len(bucket.params)))
 
-    def lacks_hessian(self, groups: Groups) -> bool:
-        """Whether a parameter that has a gradient now has never had a Hessian."""
+    def lacks_hessian(self, params: Iterable[Tensor]) -> bool:
+        """Whether one of these has never had a Hessian."""
         known = {p: row in b.without_hessian for b in self.buckets for row, p in enumerate(b.params)}
-        return any(known.get(p, True) for group in groups for p in group["params"] if p.grad is not None)
+        return any(known.get(param, True) for param in params)
 
     def lay_out(self, groups: Groups, states: States) -> None:
         """Makes the buckets: what is in states moves into flat buffers, and what has a gradient gets its state.

@@ -1,12 +1,12 @@
-"""What a step must know of gradients: whose they are, and whether a step has used them already."""
+"""Whose gradients they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import Tensor
 
-from .flat import Groups, Selection
+from .flat import Groups
 
 
 def of_groups(groups: Groups) -> list[Tensor]:
@@ -29,39 +29,3 @@ def detach(params: Iterable[Tensor]) -> None:
     for param in params:
         if param.grad is not None and param.grad.requires_grad:
             param.grad = param.grad.detach()
-
-
-# A mark on the tensor itself: it ends with it, where an id or an address may be another tensor's next, and a weak
-# reference would keep torch from swapping the tensor.
-def mark_used(grads: Iterable[Tensor]) -> None:
-    """Remembers that a step has used these gradients as they now are."""
-    for grad in grads:
-        grad._used_in_version = grad._version  # type: ignore[attr-defined]
-
-
-def is_used(grad: Tensor) -> bool:
-    """Whether a step has used this gradient, and nobody has written into it since."""
-    used: bool = getattr(grad, "_used_in_version", None) == grad._version
-    return used
-
-
-def refuse_used(selections: Sequence[Selection], call: str) -> None:
-    """ValueError where the gradients are those of the step before."""
-    for selection in selections:
-        if is_used(selection.grads[0]):
-            raise ValueError(
-                f"{call} found gradients that were used by the step before: a step() was called twice after one "
-                "perturb(), or zero_grad() and the backward of this step are missing"
-            )
-
-
-def refuse_accumulated(params: Iterable[Tensor]) -> None:
-    """ValueError where somebody has left gradients that a closure's step would drop."""
-    for param in params:
-        if param.grad is not None and not is_used(param.grad):
-            raise ValueError(
-                "step(closure) found gradients that it would drop: of a backward outside the closure, as in gradient "
-                "accumulation, which is not supported yet, or left by another optimizer's step. Have the closure "
-                "return the sum of the losses of all micro-batches; or, if these gradients are not needed, call "
-                "opt.zero_grad() before step(closure)"
-            )

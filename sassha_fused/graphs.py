@@ -44,8 +44,10 @@ class _RecordedStep(Step):
 
     def __init__(self, run: Run, groups: Groups, states: States) -> None:
         super().__init__(run, groups, states)
-        self.curvature = _RecordedCurvature(run, groups)
         self.taken: StepTaken | None = None
+
+    def expect_hessian(self) -> None:
+        self.curvature = _RecordedCurvature(self._run, self.groups, self._moved)
 
     def count(self, taken: StepTaken) -> None:
         self.taken = taken

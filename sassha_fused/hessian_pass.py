@@ -41,20 +41,24 @@ class GradientWatch:
         self._with_graph: set[Tensor] = set()
         self._without_grad_mode: set[Tensor] = set()
         self._arrived: set[Tensor] = set()
+        self._coming: dict[Tensor, tuple[bool, bool]] = {}
         self._handles = []
-        for param in params:
-            self._handles.append(param.register_hook(self._noting(param)))
+        for param in dict.fromkeys(params):  # one that is listed twice is one
+            self._handles.append(param.register_hook(functools.partial(self._note_coming, param)))
             _run_last_hook_first(param)
+            self._handles.append(param.register_post_accumulate_grad_hook(self._note_arrived))
 
-    def _noting(self, param: Tensor) -> Callable[[Tensor], None]:
-        def note(gradient: Tensor) -> None:
-            self._arrived.add(param)
-            if not torch.is_grad_enabled():
-                self._without_grad_mode.add(param)
-            elif gradient.requires_grad:
-                self._with_graph.add(param)
+    def _note_coming(self, param: Tensor, gradient: Tensor) -> None:
+        self._coming[param] = torch.is_grad_enabled(), gradient.requires_grad
 
-        return note
+    def _note_arrived(self, param: Tensor) -> None:
+        # Not so where torch.autograd.grad has only asked for a gradient.
+        in_grad_mode, has_graph = self._coming.pop(param)
+        self._arrived.add(param)
+        if not in_grad_mode:
+            self._without_grad_mode.add(param)
+        elif has_graph:
+            self._with_graph.add(param)
 
     def remove(self) -> None:
         """Takes the hooks off."""

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .checkpoint import AsSaved, check_and_protect
-from .checks import check_choice, check_groups, check_parameter
-from .closures import walk
+from .checkpoint import AsSaved, check_and_protect, counts_of, with_plain_states
+from .checks import check_choice, check_groups, check_parameter, is_single, refuse_grad_scaler
+from .closures import refuse_accumulated, walk
 from .curvature.check import check_products
 from .curvature.exact import SOURCES
 from .flat import FlatState
-from .gradients import of_groups, refuse_accumulated
+from .gradients import of_groups
 from .hessian_pass import GradientWatch, building_graphs, show_no_warning_of_cycles
 from .ops import check_backend
 from .run import Run
@@ -57,9 +57,8 @@ class FusedOptimizer(Optimizer):
         """Whether the second pass of this step, or of the next if none is under way, needs a graph of its gradients."""
         run = self._run
         if run.step is not None:
-            return run.step.curvature.due
-        run.counts.settle()
-        return run.is_scheduled(self.param_groups) or run.flat.lacks_hessian(self.param_groups)
+            return run.step.curvature is not None
+        return run.expects_hessian(self.param_groups)
 
     @property
     def skipped_steps(self) -> int:
@@ -80,7 +79,7 @@ class FusedOptimizer(Optimizer):
             if under_way.perturbed:
                 raise ValueError("perturb() called twice: call step(), or restore() to give the step up")
             under_way.end()
-        Step(self._run, self.param_groups, self.state).perturb()
+        Step.take_in_first_gradients(self._run, self.param_groups, self.state)
 
     @contextmanager
     def hessian_pass(self) -> Iterator[None]:
@@ -135,7 +134,8 @@ class FusedOptimizer(Optimizer):
             raise TypeError(f"closure must be callable, got {closure!r}")
         run = self._run
         try:
-            self._refuse_grad_scaler()
+            if "found_inf" in vars(self):
+                refuse_grad_scaler(self)
             if closure is None or self._finishes_phases(closure):
                 self._finish()
                 return None
@@ -143,18 +143,21 @@ class FusedOptimizer(Optimizer):
                 run.step.give_up()
             params = of_groups(self.param_groups)
             refuse_accumulated(params)
-            return walk(Step(run, self.param_groups, self.state), closure, params)
+            step = Step(run, self.param_groups, self.state)
+            try:
+                return walk(step, closure, params)
+            except BaseException:
+                self.zero_grad()  # lets go of a graph that the interrupted pass may have left
+                raise
         except BaseException as error:
             if run.step is not None:
                 run.step.give_up()
-            if closure is not None:
-                self.zero_grad()  # lets go of a graph that the interrupted pass may have left
             if isinstance(error, RuntimeError):  # torch's, where the closure has given the step up under its own feet
                 run.raise_given_up(error)
             raise
 
     def _finish(self) -> None:
-        """The rest of a step in phase style, or the whole of one whose only pass was at w."""
+        """The rest of a step in phase style, or the whole of one whose only pass is at w."""
         run = self._run
         if run.step is not None:
             return run.step.finish()
@@ -163,8 +166,8 @@ class FusedOptimizer(Optimizer):
         if self._initialises_state(grads):
             run.flat.select(self.param_groups, self.state, run.counts.settle)
             return
-        rho = max((group["rho"] for group in self.param_groups), default=0)
-        if rho > 0 and grads:
+        if grads and not is_single(self.param_groups):
+            rho = max(group["rho"] for group in self.param_groups)
             raise ValueError(
                 f"step() without perturb(), though rho is {rho}: the step takes its gradients at w', not at w. Give "
                 "step() a closure, or call perturb() after the first backward and run a second one; or set rho to 0 in "
@@ -191,15 +194,6 @@ class FusedOptimizer(Optimizer):
                 "step() without a closure, or restore() and zero_grad() first"
             )
         return True
-
-    def _refuse_grad_scaler(self) -> None:
-        if "found_inf" in vars(self):
-            for name in ("grad_scale", "found_inf"):  # which the scaler would take away if no error came
-                vars(self).pop(name, None)
-            raise ValueError(
-                "GradScaler is not supported yet: its scale would stay in the Hessian. Use bfloat16 autocast, which "
-                "needs no scaler, or GradScaler(enabled=False)"
-            )
 
     @torch.no_grad()
     def check_products(self, closure: Callable[[], Tensor], tolerance: float = 0.1) -> dict[str, float]:
@@ -247,7 +241,12 @@ class FusedOptimizer(Optimizer):
         """
         self._leave_step("state_dict()")
         self._publish_counts()
-        return super().state_dict()
+        # Registered first, so that the user's hooks see what torch.load reads with weights_only.
+        handle = self.register_state_dict_post_hook(with_plain_states, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def _leave_step(self, because: str) -> None:
         """Where state is asked for between the passes, that is of w."""
@@ -283,6 +282,7 @@ class FusedOptimizer(Optimizer):
         finally:
             handle.remove()
 
+    @torch.no_grad()
     def __getstate__(self) -> dict[str, Any]:
         self._leave_step("a copy of the optimizer")
         self._publish_counts()
@@ -305,17 +305,7 @@ class FusedOptimizer(Optimizer):
         if run.step is not None:
             run.step.end()
         run.counts.set(*counts_of(self.param_groups, self.state))
+        self._publish_counts()
         run.flat.forget()
         run.flat.buckets = []
         run.flat.lay_out(self.param_groups, self.state)
-
-
-def counts_of(groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> tuple[int, int, int]:
-    """The optimizer's counts as a state_dict has them; of an older one, which lacks steps, those of its parameters."""
-    steps = [group["steps"] for group in groups if "steps" in group]
-    steps = steps or [int(state["step"]) for state in states.values() if "step" in state]
-    return (
-        max(steps, default=0),
-        max((group.get("hessian_evaluations", 0) for group in groups), default=0),
-        max((group.get("skipped_steps", 0) for group in groups), default=0),
-    )

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.nn.utils import parametrize
 
 from .checks import BIAS_CORRECTIONS, DTYPES, check_gradients
 from .flat import Selection
@@ -49,19 +50,21 @@ def perturb(selections: Sequence[Selection], moved: list[Selection]) -> Tensor:
             )
             moved.append(selection)
             increment_version(selection.params)
+            forget_copies()
     return total
-
-
-def back_up(selections: Sequence[Selection]) -> None:
-    """backup <- w, where nothing was perturbed."""
-    for selection in selections:
-        torch._foreach_copy_(selection.backups(), list(selection.params))
 
 
 def put_back(selections: Sequence[Selection]) -> None:
     """w' -> w, bit for bit."""
     for selection in selections:
         torch._foreach_copy_(list(selection.params), selection.backups())
+    forget_copies()
+
+
+def forget_copies() -> None:
+    """Casts that autocast keeps of the weights, and parametrized weights, are of where the weights were."""
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
 
 
 def swap_with_backup(selections: Sequence[Selection]) -> None:
@@ -71,24 +74,43 @@ def swap_with_backup(selections: Sequence[Selection]) -> None:
             elsewhere = param.data.clone()
             param.data.copy_(backup)
             backup.copy_(elsewhere)
+    forget_copies()
 
 
 def update(
-    selections: Sequence[Selection], products: Products, guards: Sequence[Tensor], guard_grads: bool = False
+    selections: Sequence[Selection], products: Products, norm_of_first: Tensor | None, losses: Sequence[Tensor]
 ) -> None:
     """From w to the new weights in every bucket; what is wrong with a scalar is found before any bucket is written.
 
-    products: the Hessian estimates of each selection, none on a lazy step. Nothing is written but skipped where a
-    guard, or if guard_grads any gradient or product, is not finite.
+    Where anything is not finite, nothing is written but that the step was skipped.
+
+    Args:
+        products: the Hessian estimates of each selection; none on a lazy step.
+        norm_of_first: the norm of the gradients by which the weights were perturbed, whose backup holds w; None where
+            they were not.
+        losses: of every pass.
     """
+    lrs = [s.group["lr"] for s in selections if isinstance(s.group["lr"], Tensor)]
+    guards = [_guard(scalar) for scalar in (*losses, *lrs)]
+    # Of several buckets none may be written before all are known to be finite; one alone, update_ itself looks at.
+    look = norm_of_first is not None and len(selections) == 1
+    if not look:
+        guards.append(norm(selections))
+        guards += [s.bucket.operators.grad_norm(p, (), False) for s, p in zip(selections, products, strict=False)]
+    if norm_of_first is None:
+        for selection in selections:
+            torch._foreach_copy_(selection.backups(), list(selection.params))
+    else:
+        guards.append(norm_of_first)
     with explained(selections):
         updates = [
-            _prepared_update(selection, products[i] if products else (), guards, guard_grads)
+            _prepared_update(selection, products[i] if products else (), guards, look)
             for i, selection in enumerate(selections)
         ]
         for selection, run in zip(selections, updates, strict=True):
             run()
             increment_version(selection.params)
+    forget_copies()
 
 
 def _prepared_update(
@@ -123,17 +145,9 @@ def _prepared_update(
     return lambda: bucket.operators.update_(*arguments)
 
 
-def guard_of(scalar: Tensor) -> Tensor:
+def _guard(scalar: Tensor) -> Tensor:
     """A scalar as update_ takes it; a closure that runs backward itself may return a loss of any dtype."""
     return (scalar if scalar.dtype in DTYPES else scalar.double()).reshape(())
-
-
-def norms_of(selections: Sequence[Selection], products: Products) -> list[Tensor]:
-    """A guard for the products of each bucket."""
-    return [
-        selection.bucket.operators.grad_norm(found, (), False)
-        for selection, found in zip(selections, products, strict=False)
-    ]
 
 
 @contextmanager

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .checks import AcceptedGroups
+from .checks import AcceptedGroups, is_single
 from .counts import Counts
 from .flat import FlatState, Groups
+from .gradients import of_groups
 from .hessian_pass import GradientWatch
+from .interrupts import uninterrupted
 
 if TYPE_CHECKING:
     from .step import Step
@@ -42,6 +45,9 @@ class Run:
     watch: GradientWatch | None = None
     others: Sequence[Tensor] = ()
 
+    def __post_init__(self) -> None:
+        self.uninterrupted = uninterrupted(self)
+
     @property
     def perturbed(self) -> bool:
         """Whether the weights are at w'."""
@@ -52,11 +58,26 @@ class Run:
         """Whether this step's batch has been through the network once, at w, and now goes through it at w'."""
         return self.perturbed
 
+    def back_at_w(self) -> AbstractContextManager[None]:
+        """While the handler of a signal runs the weights are w; afterwards they are where they were."""
+        return nullcontext() if self.step is None else self.step.back_at_w()
+
     def is_scheduled(self, groups: Groups) -> bool:
         """Whether the coming step is a Hessian step by the schedule."""
-        steps = self.counts.steps
+        steps = self.counts.settle()
         interval: int = groups[0]["hessian_interval"]
         return steps % interval == 0 or steps < groups[0]["hessian_warmup"]
+
+    def expects_hessian(self, groups: Groups) -> bool:
+        """Whether the coming step is a Hessian step, as far as can be told before its first pass.
+
+        Of a step that is not perturbed the first pass is the only one, and any trained parameter may get a gradient.
+        """
+        if self.is_scheduled(groups):
+            return True
+        single = is_single(groups)
+        params = [p for p in of_groups(groups) if (p.requires_grad if single else p.grad is not None)]
+        return self.flat.lacks_hessian(params)
 
     def raise_given_up(self, error: BaseException | None = None) -> None:
         """ValueError where somebody has given the step up that was under way."""

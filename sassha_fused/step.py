@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from operator import attrgetter
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor
 
 from . import passes
-from .caches import forget_copies_of_weights
+from .checks import values_of
 from .counts import StepTaken
-from .curvature.of_step import Curvature
+from .curvature.of_step import Curvature, release_graphs, take_products, under_way
 from .flat import Groups, Selection, States, with_gradients
-from .gradients import mark_used, refuse_used
-from .interrupts import arrive_at_w, leave_w, uninterrupted
+from .hessian_pass import building_graphs, set_aside
 from .run import Run
 
-_grad = attrgetter("grad")
+_grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
 
 
 class Step:
@@ -29,67 +30,82 @@ class Step:
     With rho 0 in every group the first pass is the only one, and w' is w.
 
     Attributes:
-        curvature: the Hessian's part in it.
+        groups: the optimizer's.
         perturbed: whether the weights are at w'.
+        curvature: the Hessian's part, where the pass that comes next is that of a Hessian step.
     """
 
     def __init__(self, run: Run, groups: Groups, states: States) -> None:
-        run.accepted.check(groups, bool(run.flat.buckets))
-        self._run, self._groups, self._states = run, groups, states
-        self.single = not any(group["rho"] > 0 for group in groups)
-        self.curvature = Curvature(run, groups)
+        # Weakly: run owns the step, and an optimizer that is dropped at w' takes its step along.
+        self._run: Run = weakref.proxy(run)
+        self.groups, self._states = groups, states
+        self._check_groups()
+        self._single = run.accepted.single
         self.perturbed = False
+        self.curvature: Curvature | None = None
         self._moved: list[Selection] = []
         self._versions: list[int] = []
         self._norm: Tensor | None = None
         run.step, run.given_up = self, None
 
+    @classmethod
+    def take_in_first_gradients(cls, run: Run, groups: Groups, states: States) -> None:
+        """Makes the step whose first gradients are in .grad, and takes it to w'."""
+        cls(run, groups, states).perturb()
+
+    def _check_groups(self) -> None:
+        accepted, values = self._run.accepted, [value for group in self.groups for value in values_of(group)]
+        if len(values) != len(accepted.values) or not all(map(is_, values, accepted.values)):
+            accepted.accept(self.groups, has_state=bool(self._run.flat.buckets))
+
     # ---------------------------------------------------------------- the way there
 
     def begin(self) -> None:
         """Before the first pass of a closure: where it is the only one, it may need a graph already."""
-        if self.single:
-            self._run.counts.settle()
-            self.curvature.expect(self._run.is_scheduled(self._groups))
+        if self._single and self._run.expects_hessian(self.groups):
+            self.expect_hessian()
+
+    def expect_hessian(self) -> None:
+        """The coming pass is that of a Hessian step."""
+        self.curvature = Curvature(self._run, self.groups, self._moved)
 
     def gradients(self) -> AbstractContextManager[None]:
         """What a pass of the network runs in, so that its gradients are those that this step needs."""
-        return self.curvature.gradients(repeated=self.perturbed)
+        if self.curvature is not None:
+            return building_graphs(partial(self.curvature.around_backward, self))
+        return set_aside(self._run.others) if self.perturbed else nullcontext()
 
     def arrive(self) -> bool:
         """Takes in the gradients of a pass; whether another one is needed."""
-        if self.perturbed or self.curvature.due:
+        if self.perturbed or self._single:
             return False
-        if not self.single:
-            self.perturb()
-            return self.perturbed
-        # A parameter that gets its first gradient late needs a Hessian as well.
-        if not self._run.flat.lacks_hessian(self._groups):
-            return False
-        self.curvature.expect(True)
-        return True
+        self.perturb()
+        return self.perturbed
 
     def perturb(self) -> None:
         """w -> w' by the gradients in .grad, which are cleared; then this step knows whether it is a Hessian step."""
-        leave_w(self)
+        run = self._run
         try:
-            with uninterrupted():
+            with run.uninterrupted:
                 self._norm = self._with_current(self._perturb)
             if not self._moved:
                 return self.end()
             # Only now: the device has this step's first pass to work on while the host waits for the step before.
-            self._run.counts.settle()
-            self.curvature.expect(self.curvature.concerns(self._moved))
+            steps, first = run.counts.settle(), self.groups[0]
+            scheduled = steps % first["hessian_interval"] == 0 or steps < first["hessian_warmup"]
+            if scheduled or any(s.bucket.without_hessian and s.lacks_hessian() for s in self._moved):
+                self.expect_hessian()
         except BaseException:
             self.give_up()
             raise
         for selection in self._moved:
+            selection.grads = ()
             for param in selection.params:
                 param.grad = None
         self._versions = [selection.params[0]._version for selection in self._moved]
 
     def _perturb(self, selections: list[Selection]) -> Tensor | None:
-        refuse_used(selections, "perturb()")
+        _refuse_used(selections, "perturb()")
         if not selections:
             return None
         try:
@@ -97,89 +113,77 @@ class Step:
         finally:
             if self._moved:
                 self.perturbed = True
-                self.curvature.leave_w(self._moved)
-                forget_copies_of_weights()
+                under_way.add(self)
 
     def _with_current(self, act: Callable[[list[Selection]], Any]) -> Any:
         """What act makes of the parameters that have a gradient, where they are and as they are now."""
         flat, counts = self._run.flat, self._run.counts
         try:
-            return act(flat.select(self._groups, self._states, counts.settle))
+            return act(flat.select(self.groups, self._states, counts.settle))
         except (RuntimeError, TypeError, ValueError):
             if self._moved or not flat.laid_out or flat.is_current():
                 raise
         # A part of the model has moved to another device or dtype, and its state moves along.
         flat.forget()
-        return act(flat.select(self._groups, self._states, counts.settle))
+        return act(flat.select(self.groups, self._states, counts.settle))
 
     # ---------------------------------------------------------------- the way back
 
     def finish(self, losses: Sequence[Tensor] = ()) -> None:
         """From the gradients of the last pass to the new weights: Hessian products, checks, and the update."""
-        run = self._run
-        run.accepted.check(self._groups, bool(run.flat.buckets))
-        selections, guards = self._arrived()
+        self._check_groups()
+        selections = self._perturbed_and_back() if self._norm is not None else self._with_current(self._at_w)
         if not selections:
             return self.end()
-        self.curvature.take()
-        selections = self._without_graphs(selections)
-        self.curvature.refuse_others(selections)
-        products = self.curvature.products
-        guards += map(passes.guard_of, losses)
-        guards += [passes.guard_of(group["lr"]) for group in self._groups if isinstance(group["lr"], Tensor)]
-        # Of several buckets none may be written before all are known to be finite; one alone, update_ itself looks at.
-        alone = self._norm is not None and len(selections) == 1
-        if not alone:
-            guards += [passes.norm(selections)] if self._norm is not None else []
-            guards += passes.norms_of(selections, products)
-        with uninterrupted():
-            if self.perturbed:
-                self._put_back_all_but(selections)
-            else:
-                passes.back_up(selections)
+        if self.curvature is not None or len(under_way) > 1:
+            take_products(self)
+        if any(any(map(_requires_grad, selection.grads)) for selection in selections):
+            release_graphs(self, selections)
+            selections = [selection.with_grads(list(map(_grad, selection.params))) for selection in selections]
+        products = self.curvature.products_of(selections) if self.curvature is not None else ()
+        with self._run.uninterrupted:
+            self._put_back_all_but(selections)
             try:
-                passes.update(selections, products, guards, guard_grads=alone)
+                passes.update(selections, products, self._norm, losses)
             except BaseException:
-                self.put_back(selections)
+                self.put_back(self._moved or selections)
+                self.perturbed = False
                 # Should one bucket's update have gone through before another's failed, its state knows its counts.
-                run.flat.forget()
+                self._run.flat.forget()
                 raise
-            mark_used(selection.grads[0] for selection in selections)
-            self.count(StepTaken(selections[0].bucket.skipped, [s.with_grads(()) for s in selections], bool(products)))
+            for selection in selections:
+                mark_used(selection.grads)
+                selection.grads = ()
+            self.count(StepTaken(selections[0].bucket.skipped, selections, bool(products)))
             self.perturbed = False
-        self.end()
+            self.end()
 
-    def _arrived(self) -> tuple[Sequence[Selection], list[Tensor]]:
-        """The parameters that take part, with their gradients; and what is known of these."""
-        if self._norm is not None:
-            if self.weights_were_written():
-                raise ValueError(
-                    "the weights were written between perturb() and step(), which would be lost: load or change "
-                    "weights before perturb() or after step()"
-                )
-            selections = with_gradients(self._moved)
-            if not selections:
-                raise ValueError(
-                    "step() found no parameter with a gradient in both passes: between perturb() and step() the second "
-                    "backward is missing, or it reached other parameters than the first. restore() gives a step up"
-                )
-            return selections, [self._norm]
+    def _perturbed_and_back(self) -> list[Selection]:
+        """The perturbed parameters that have a second gradient, with it."""
+        if self.weights_were_written():
+            raise ValueError(
+                "the weights were written between perturb() and step(), which would be lost: load or change weights "
+                "before perturb() or after step()"
+            )
+        selections = with_gradients(self._moved)
+        if not selections:
+            raise ValueError(
+                "step() found no parameter with a gradient in both passes: between perturb() and step() the second "
+                "backward is missing, or it reached other parameters than the first. restore() gives a step up"
+            )
+        return selections
 
-        def look_at(selections: list[Selection]) -> tuple[list[Selection], list[Tensor]]:
-            refuse_used(selections, "step()")
-            return selections, [passes.norm(selections)] if selections else []
-
-        selections, guards = self._with_current(look_at)
-        self._run.counts.settle()
-        self.curvature.of = selections
-        self.curvature.due = self.curvature.due or self.curvature.concerns(selections)
-        return selections, guards
-
-    def _without_graphs(self, selections: Sequence[Selection]) -> Sequence[Selection]:
-        if not any(any(grad.requires_grad for grad in selection.grads) for selection in selections):
-            return selections
-        self.curvature.release(selections)
-        return [selection.with_grads(list(map(_grad, selection.params))) for selection in selections]
+    def _at_w(self, selections: list[Selection]) -> list[Selection]:
+        """The parameters that have a gradient of the only pass."""
+        _refuse_used(selections, "step()")
+        for selection in selections:
+            passes.norm([selection])  # refuses what does not fit, as where a part of the model has moved
+        due = self._run.is_scheduled(self.groups) or any(s.lacks_hessian() for s in selections)
+        if selections and due and self.curvature is None:
+            self.expect_hessian()
+        if self.curvature is not None:
+            self.curvature.of = selections
+        return selections
 
     def count(self, taken: StepTaken) -> None:
         """Has the step counted, once it is known whether the device has skipped it."""
@@ -192,35 +196,32 @@ class Step:
         """
         if not self.perturbed:
             return
-        over = not with_gradients(self._moved)
+        over = not with_gradients(self._moved) or (self.curvature is not None and not self.curvature.may_take())
         try:
-            if self.curvature.due and not over:
-                over = not self.curvature.may_take()
-                if not over:
-                    self.curvature.take()
+            if not over:
+                take_products(self)
         finally:
-            with uninterrupted():
-                self.put_back(self._moved)
+            with self._run.uninterrupted:
+                if self.perturbed:  # not where a handler has raised, and so has left w
+                    self.put_back(self._moved)
                 self.perturbed = False
-            arrive_at_w(self)
             if over:
                 self.end()
 
     def give_up(self, because: str | None = None) -> None:
         """After an exception, or where the state is asked for between the passes: w' -> w, and the step is over."""
-        with uninterrupted():
+        with self._run.uninterrupted:
             try:
                 if self.perturbed:
                     self.put_back(self._moved)
             finally:
                 self.perturbed = False
                 self._run.given_up = because
-        self.end()
+                self.end()
 
     def weights_were_written(self) -> bool:
         """Whether somebody has written into the weights since they are at w', as in loading a model."""
-        versions = [selection.params[0]._version for selection in self._moved]
-        return self.perturbed and versions != self._versions
+        return self.perturbed and self._versions != [selection.params[0]._version for selection in self._moved]
 
     def refuse_given_up(self) -> None:
         """ValueError where something that the closure called has given this step up."""
@@ -229,15 +230,17 @@ class Step:
 
     def forget(self) -> None:
         """The step is over, and the weights stay as they are."""
-        self.perturbed = False
-        self.end()
+        with self._run.uninterrupted:
+            self.perturbed = False
+            self.end()
 
     def end(self) -> None:
         """The step is over."""
-        self.curvature.end()
+        if self.curvature is not None:
+            self.curvature.end()
+        under_way.discard(self)
         if self._run.step is self:
             self._run.step = None
-        arrive_at_w(self)
 
     @contextmanager
     def back_at_w(self) -> Iterator[None]:
@@ -245,25 +248,52 @@ class Step:
         if not self.perturbed:
             yield
             return
-        self.perturbed = False
         try:
-            passes.swap_with_backup(self._moved)
+            with self._run.uninterrupted:  # a second signal may come
+                passes.swap_with_backup(self._moved)
+                self.perturbed = False
             yield
         except BaseException:
             self.end()
             raise
-        passes.swap_with_backup(self._moved)
-        self.perturbed = True
+        with self._run.uninterrupted:
+            passes.swap_with_backup(self._moved)
+            self.perturbed = True
 
     def put_back(self, selections: Sequence[Selection]) -> None:
         """w' -> w of these."""
         passes.put_back(selections)
-        forget_copies_of_weights()
 
     def _put_back_all_but(self, selections: Sequence[Selection]) -> None:
         """Restores what was perturbed and has no second gradient; the update restores the others itself."""
-        if sum(len(s.params) for s in selections) == sum(len(s.params) for s in self._moved):
+        if not self.perturbed or sum(len(s.params) for s in selections) == sum(len(s.params) for s in self._moved):
             return
         updated = {param for selection in selections for param in selection.params}
         for selection in self._moved:
-            self.put_back([selection.at([i for i, p in enumerate(selection.params) if p not in updated])])
+            if others := [i for i, param in enumerate(selection.params) if param not in updated]:
+                self.put_back([selection.at(others)])
+
+
+# A mark on the tensor itself: it ends with it, where an id or an address may be another tensor's next, and a weak
+# reference would keep torch from swapping the tensor.
+def mark_used(grads: Iterable[Tensor | None]) -> None:
+    """Remembers that a step has used these gradients as they now are."""
+    for grad in grads:
+        if grad is not None:
+            grad._used_in_version = grad._version  # type: ignore[attr-defined]
+
+
+def is_used(grad: Tensor) -> bool:
+    """Whether a step has used this gradient, and nobody has written into it since."""
+    used: bool = getattr(grad, "_used_in_version", None) == grad._version
+    return used
+
+
+def _refuse_used(selections: Sequence[Selection], call: str) -> None:
+    """ValueError where the gradients are those of the step before."""
+    for selection in selections:
+        if is_used(selection.grads[0]):
+            raise ValueError(
+                f"{call} found gradients that were used by the step before: a step() was called twice after one "
+                "perturb(), or zero_grad() and the backward of this step are missing"
+            )

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..batch_norm import running_stats_held
-from ..caches import forget_copies_of_weights
 from ..flat import Groups
 from ..gradients import name_of, of_groups
 from ..hessian_pass import building_graphs
+from ..passes import forget_copies
 from .exact import autograd_products
 
 # Steps h relative to the weights: kinks spoil large ones, rounding small ones, and a missing part shows in all.
@@ -58,7 +58,7 @@ def check_products(closure: Callable[[], Any], groups: Groups, tolerance: float)
             for param, weight, gradient in zip(params, weights, kept, strict=True):
                 param.copy_(weight)
                 param.grad = gradient
-        forget_copies_of_weights()
+        forget_copies()
     result = {name_of(params[i], groups): difference for i, difference in differences.items()}
     wrong = [f"{name} ({difference:.2g})" for name, difference in result.items() if difference > tolerance]
     if wrong:
@@ -88,7 +88,7 @@ def _moved(params: Sequence[Tensor], weights: Sequence[Tensor], signs: Sequence[
     """The parameters at w + h z."""
     for param, weight, z in zip(params, weights, signs, strict=True):
         param.copy_(weight + h * z)
-    forget_copies_of_weights()
+    forget_copies()
     return params
 
 

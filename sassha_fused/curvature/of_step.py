@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from ..gradients import detach, name_of, of_groups
 from ..hessian_pass import (
     NO_GRAPH,
     GradientWatch,
-    building_graphs,
     leaves_of,
     nodes_of,
     set_aside,
@@ -26,81 +26,59 @@ from ..run import Run
 from .estimate import estimate
 from .exact import SOURCES
 
+if TYPE_CHECKING:
+    from ..step import Step
+
 _requires_grad = attrgetter("requires_grad")
 
-# Those of steps at w': of several optimizers of one loss, none may move before all have their products.
-_under_way: weakref.WeakSet[Curvature] = weakref.WeakSet()
+# Steps whose weights are at w'. Of several optimizers of one loss none may move before all have their products.
+under_way: weakref.WeakSet[Step] = weakref.WeakSet()
+
+
+def _about(steps: Iterable[Step]) -> set[Tensor]:
+    return {param for step in steps for param in of_groups(step.groups)}
 
 
 class Curvature:
-    """The Hessian's part in a step.
+    """The Hessian's part in a Hessian step.
 
     Attributes:
-        due: whether the gradients of the pass that comes next need a graph: this is a Hessian step.
         of: the parameters that were perturbed; of a step without perturbation, those that have a gradient.
         products: for each selection that took part the estimates of its Hessian; none before they are taken, and
-            none on a lazy step.
+            none where the only parameters that asked for this Hessian step had no second gradient.
     """
 
-    def __init__(self, run: Run, groups: Groups) -> None:
-        self._run, self._groups = run, groups
-        self.due = False
-        self.of: Sequence[Selection] = ()
+    def __init__(self, run: Run, groups: Groups, of: Sequence[Selection]) -> None:
+        self._run, self._groups, self.of = run, groups, of
         self.products: passes.Products = ()
         self._took_part: Sequence[Selection] = ()
         self._taken = False
         self._watch, run.watch = run.watch, None
-
-    def expect(self, due: bool) -> None:
-        """Gets ready for a pass that is a Hessian step's, or not."""
-        self.due = due
-        if due and self._watch is None and SOURCES[self._run.hvp].needs_graph:
-            self._watch = GradientWatch(param for param in of_groups(self._groups) if param.requires_grad)
-
-    def concerns(self, selections: Sequence[Selection]) -> bool:
-        """Whether the schedule, or a parameter that has never had a Hessian, makes this a Hessian step."""
-        return self._run.is_scheduled(self._groups) or any(selection.lacks_hessian() for selection in selections)
-
-    def leave_w(self, moved: Sequence[Selection]) -> None:
-        """The weights of these are at w' now."""
-        self.of = moved
-        _under_way.add(self)
-
-    def gradients(self, repeated: bool) -> AbstractContextManager[None]:
-        """What a pass of the network runs in, the second of its batch if repeated, so that its gradients are right."""
-        if self.due:
-            return building_graphs(lambda loss: self._around_backward(loss, repeated))
-        return set_aside(self._run.others) if repeated else nullcontext()
+        if self._watch is None and SOURCES[run.hvp].needs_graph:
+            self._watch = GradientWatch(param for param in of_groups(groups) if param.requires_grad)
 
     @contextmanager
-    def _around_backward(self, loss: Tensor, repeated: bool) -> Iterator[None]:
+    def around_backward(self, step: Step, loss: Tensor) -> Iterator[None]:
         """Keeps the graph from the gradients of parameters that no step under way is about."""
-        about = {param for one in {self, *_under_way} for param in of_groups(one._groups)}
         nodes = nodes_of([loss])
+        about = _about({step, *under_way})
         self._run.others = [leaf for leaf in leaves_of(nodes) if leaf not in about]
-        with warning_of_constants(nodes), set_aside(self._run.others) if repeated else nullcontext():
+        with warning_of_constants(nodes), set_aside(self._run.others) if step.perturbed else nullcontext():
             yield
         detach(self._run.others)
-
-    def take(self) -> None:
-        """Takes the products where this is a Hessian step and they were not taken of the gradients that are there.
-
-        So do other optimizers of the same loss whose weights are at w': all graphs hold the weights of all.
-        """
-        waiting = [self] if self.due and (not self._taken or self._has_graphs()) else []
-        waiting += [other for other in list(_under_way) if other is not self and other.due and other._has_graphs()]
-        taken = [one._take(keep_graph=one is not waiting[-1]) for one in waiting]
-        for one, selections in zip(waiting, taken, strict=True):
-            one.release(selections)
 
     def may_take(self) -> bool:
         """Whether the gradients that are there tell the Hessian."""
         return self._has_graphs() or (self._watch is not None and self._watch.saw_graph)
 
+    def has_to_take(self) -> bool:
+        """Whether the products were not taken, or not of the gradients that are there now."""
+        return not self._taken or self._has_graphs()
+
     def _has_graphs(self) -> bool:
         return any(any(map(_requires_grad, selection.grads)) for selection in with_gradients(self.of))
 
-    def _take(self, keep_graph: bool) -> Sequence[Selection]:
+    def take(self, keep_graph: bool) -> Sequence[Selection]:
         """Products from the gradients in .grad, of every parameter that takes part; returns these.
 
         Raises:
@@ -108,7 +86,7 @@ class Curvature:
         """
         selections = with_gradients(self.of)
         products: passes.Products = ()
-        if self.concerns(selections):
+        if self._run.is_scheduled(self._groups) or any(s.lacks_hessian() for s in selections):
             if SOURCES[self._run.hvp].needs_graph:
                 self._refuse_lost_graphs(selections)
             self.number_evaluation()
@@ -126,21 +104,15 @@ class Curvature:
         for bucket in self._run.flat.buckets:
             bucket.evaluation.fill_(self._run.counts.evaluations)
 
-    def release(self, selections: Sequence[Selection]) -> None:
-        """Lets go of the graph of these gradients, and of those that others have got of it."""
-        graph = [grad for selection in selections for grad in selection.grads]
-        awaited = {param for one in _under_way if one is not self for param in of_groups(one._groups)}
-        detach([leaf for leaf in leaves_of(nodes_of(graph)) if leaf not in awaited])
-        detach(of_groups(self._groups))
-
-    def refuse_others(self, selections: Sequence[Selection]) -> None:
-        """ValueError where products were taken of other parameters than these."""
+    def products_of(self, selections: Sequence[Selection]) -> passes.Products:
+        """The products that were taken of these; ValueError where they were taken of other parameters."""
         taken, now = ([(s.bucket, s.rows) for s in these] for these in (self._took_part, selections))
         if self.products and taken != now:
             raise ValueError(
                 "step() found gradients of other parameters than restore() took Hessian products of: give the same "
                 "parameters their gradients, or call restore() after the last backward"
             )
+        return self.products
 
     def _refuse_lost_graphs(self, selections: Sequence[Selection]) -> None:
         grads = [(param, grad) for s in selections for param, grad in zip(s.params, s.grads, strict=True)]
@@ -161,4 +133,25 @@ class Curvature:
         """The step is over: no hook stays."""
         if self._watch is not None:
             self._watch.remove()
-        _under_way.discard(self)
+
+
+def take_products(first: Step) -> None:
+    """Takes the products of a step, where it is a Hessian step and they were not taken of the gradients that are there.
+
+    So do other optimizers of the same loss whose weights are at w': all graphs hold the weights of all.
+    """
+    waiting = [first] if first.curvature and first.curvature.has_to_take() else []
+    for other in list(under_way):
+        if other is not first and other.curvature and other.curvature.has_to_take() and other.curvature.may_take():
+            waiting.append(other)
+    taken = [step.curvature.take(step is not waiting[-1]) for step in waiting if step.curvature]
+    for step, selections in zip(waiting, taken, strict=True):
+        release_graphs(step, selections)
+
+
+def release_graphs(step: Step, selections: Sequence[Selection]) -> None:
+    """Lets go of the graph of a step's gradients, and of those that others have got of it."""
+    nodes = nodes_of(grad for selection in selections for grad in selection.grads)
+    awaited = _about(other for other in under_way if other is not step)
+    detach([leaf for leaf in leaves_of(nodes) if leaf not in awaited])
+    detach(of_groups(step.groups))

@@ -1,6 +1,9 @@
 """Defect 14: running statistics follow the first pass of each step, and only that."""
 
 import copy
+import gc
+import io
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sassha_fused import Sassha, running_stats_once
+from sassha_fused.flat import Bucket
 from tests.support.problems import BACKENDS, STYLES, assert_same, backward, single_threaded
 
 one_thread = pytest.fixture(autouse=True)(single_threaded)
@@ -171,3 +175,118 @@ def test_every_kind_of_batch_norm_is_served(norm: Callable[[int], nn.Module]) ->
         recorder.forward_once(inputs)
         opt.step(lambda: model(inputs).square().mean())
         recorder.check()
+
+
+@all_styles
+@pytest.mark.parametrize("bad_pass", [0, 1])
+def test_a_step_that_is_not_finite_leaves_no_nan_in_the_statistics(style: str, bad_pass: int) -> None:
+    # The first norm is not finite, and w' = w; or the second pass is not, whose statistics are not taken.
+    model = network()
+    opt = Sassha(model.parameters(), hessian_interval=3)
+    running_stats_once(model, opt)
+    recorder = Recorder(model)
+    passes = iter(range(2))
+    recorder.forward_once(INPUTS[0])
+    before = [param.detach().clone() for param in model.parameters()]
+    STYLES[style](opt, lambda: model(INPUTS[0]).square().mean() * (torch.inf if next(passes) == bad_pass else 1.0))
+    assert opt.skipped_steps == 1
+    assert_same([param.detach() for param in model.parameters()], before)
+    recorder.check()
+    for inputs in INPUTS[1:3]:
+        recorder.forward_once(inputs)
+        STYLES[style](opt, lambda: model(inputs).square().mean())
+        recorder.check()
+
+
+@pytest.mark.parametrize("style", ["closure", "standard"])
+def test_without_the_helper_a_step_that_is_not_finite_leaves_no_nan_either(style: str) -> None:
+    model = network()
+    opt = Sassha(model.parameters())
+    STYLES[style](opt, lambda: model(INPUTS[0]).square().mean() * torch.inf)
+    assert opt.skipped_steps == 1
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_of_one_pass_counts_that_one(backend: str) -> None:
+    model = network()
+    opt = Sassha(model.parameters(), rho=0.0, hessian_interval=3, backend=backend)
+    recorder = Recorder(model)
+    running_stats_once(model, opt)
+    for inputs in INPUTS:
+        recorder.forward_once(inputs)
+        opt.step(lambda: model(inputs).square().mean())
+        recorder.check()
+
+
+def through_torch(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+def averaged(model: nn.Module) -> nn.Module:
+    module: nn.Module = torch.optim.swa_utils.AveragedModel(model).module
+    return module
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_torch, averaged])
+def test_copies_of_the_model_contain_nothing_of_the_optimizer(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model = network()
+    opt = Sassha(model.parameters())
+    running_stats_once(model, opt)
+    opt.step(lambda: model(INPUTS[0]).square().mean())
+    before = weakref.WeakSet(found for found in gc.get_objects() if type(found) in (Sassha, Bucket))
+    model(INPUTS[1]).square().mean().backward()
+    opt.perturb()
+    twin = copied(model)
+    assert all(found in before for found in gc.get_objects() if type(found) in (Sassha, Bucket)), (
+        "the copy has an optimizer of its own"
+    )
+    assert opt.perturbed  # copying the model does not ask the optimizer for its state
+    counted = int(twin[1].num_batches_tracked)
+    twin(INPUTS[2])  # the copy is in no second pass
+    assert int(twin[1].num_batches_tracked) == counted + 1
+    assert twin[1].track_running_stats
+
+
+def test_the_model_does_not_keep_the_optimizer_alive() -> None:
+    model = network()
+    opt = Sassha(model.parameters())
+    running_stats_once(model, opt)
+    opt.step(lambda: model(INPUTS[0]).square().mean())
+    dead, buckets = weakref.ref(opt), [weakref.ref(bucket) for bucket in opt._run.flat.buckets]
+    opt.zero_grad()
+    del opt
+    assert dead() is None and [bucket() for bucket in buckets] == [None]
+    before = int(model[1].num_batches_tracked)
+    model(INPUTS[1])
+    assert int(model[1].num_batches_tracked) == before + 1
+
+
+class TwoPasses:
+    """Somebody else's optimizer."""
+
+    perturbed = False
+
+
+class PassesAtPerturbed(TwoPasses):
+    """One whose only pass is at w'."""
+
+    perturbed = True
+    second_pass = False
+
+
+def test_another_optimizer_is_asked_whether_its_batch_comes_a_second_time() -> None:
+    model, other = network(), TwoPasses()
+    running_stats_once(model, other)
+    for perturbed, expected in ((False, 1), (True, 1), (False, 2)):
+        other.perturbed = perturbed
+        model(INPUTS[0])
+        assert int(model[1].num_batches_tracked) == expected
+    model, other = network(), PassesAtPerturbed()
+    running_stats_once(model, other)
+    model(INPUTS[0])
+    assert int(model[1].num_batches_tracked) == 1

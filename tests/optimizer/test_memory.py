@@ -212,13 +212,22 @@ def test_a_step_that_raises_keeps_nothing(style: str) -> None:
 
 
 @both_backends
-def test_an_optimizer_dies_with_its_last_reference(backend: str) -> None:
-    problem = Problem(backend).train(2)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("at", ["w", "w'", "the end of the second pass"])
+def test_an_optimizer_dies_with_its_last_reference_wherever_its_weights_are(backend: str, steps: int, at: str) -> None:
+    problem = Problem(backend).train(steps)
+    if at != "w":
+        problem.perturb()
+    if at == "the end of the second pass":
+        backward(problem.loss(), create_graph=problem.opt.hessian_due)
+    # The flat buffers themselves, not only the views of them.
+    buckets = [weakref.ref(bucket) for bucket in problem.opt._run.flat.buckets]
     average = weakref.ref(problem.opt.state[problem.params[0]]["exp_avg"])
     dead = weakref.ref(problem.opt)
     del problem.opt
     assert dead() is None
     assert average() is None
+    assert [bucket() for bucket in buckets] == [None, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

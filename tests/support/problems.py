@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -79,6 +82,24 @@ def undisturbed(kind: type[Problem], backend: str, count: int) -> dict[str, Any]
     return kind(backend).train(count).snapshot()
 
 
+@contextmanager
+def refused(problem: Problem, error: type[Exception], match: str) -> Iterator[None]:
+    """The block raises, and leaves no trace: not in weights, state, groups or counts, nor in the steps after it."""
+    backend = problem.opt._run.flat.backend
+    expected = [undisturbed(type(problem), backend, problem.steps + more) for more in (0, 4)]
+    assert_same(problem.snapshot(), expected[0])
+    with pytest.raises(error, match=match):
+        yield
+    assert not problem.opt.perturbed
+    assert_same(problem.snapshot(), expected[0])
+    assert_same(problem.train(4).snapshot(), expected[1])
+
+
+def naming(name: str, value: Any) -> str:
+    """A message that has the argument's name, and later its value."""
+    return rf"(?s){name}\b.*{re.escape(repr(value))}"
+
+
 def parameter(*values: float, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     return nn.Parameter(torch.tensor(values, dtype=dtype))
 
@@ -105,7 +126,7 @@ def standard_style(opt: Sassha, loss: Callable[[], Tensor]) -> Tensor:
 
     def closure() -> Tensor:
         value = loss()
-        backward(value, create_graph=opt.hessian_due)
+        value.backward()
         return value
 
     return opt.step(closure)
