@@ -248,7 +248,7 @@ def test_capturing_a_step_by_hand_is_refused_and_says_what_to_use() -> None:
 # Every operator, size, alignment and layout, and a step that is skipped. Of Triton's kernels none: in its stead
 # those of backend triton_ptx.
 SANITIZED = {
-    "perturb update hutchinson norm skipped_steps": "(perturb_moves or update_changes or one_sample or norm_is_exact or"
+    "perturb update hutchinson norm guards": "(perturb_moves or update_changes or one_sample or norm_is_exact or"
     " brings_back) and not many and not triton",
     "signs": "(any_index or memory) and not triton",
 }

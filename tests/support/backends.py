@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -81,8 +82,8 @@ def evaluation_on(backend: str, evaluation: int) -> torch.Tensor:
 # Tests for each of them
 
 # Those of one thread whose tests take long: of them only short lists.
-SLOW = (*INTERPRETED, *EXECUTED)
-QUICK = [name for name in BACKENDS if name not in INTERPRETED]
+SLOW = (*INTERPRETED, *EXECUTED, *((emulation.BACKEND,) if os.environ.get(emulation.SLOW_VARIABLE) else ()))
+QUICK = [name for name in BACKENDS if name not in SLOW]
 
 
 def marks_of(backend: str) -> list[pytest.MarkDecorator]:

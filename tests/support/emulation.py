@@ -30,10 +30,13 @@ HERE = Path(__file__).parent / "cuda_emulation"
 BUILD = ROOT / "build" / "cuda_emulation"
 
 PLAIN = ("-O2",)
-SANITIZED = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+# Optimized they take four times as long to compile.
+SANITIZED = ("-O0", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 # A library to load in place of the one built from the repository: how tests with planted faults and sanitizers run.
 LIBRARY_VARIABLE = "SASSHA_TEST_EMULATION"
+# Set where the emulation is as slow as an interpreter, and gets its short lists: under sanitizers.
+SLOW_VARIABLE = "SASSHA_TEST_EMULATION_IS_SLOW"
 
 _FLAGS = (
     "-std=c++17",
