@@ -103,6 +103,7 @@ class Curvature:
                     SOURCES[self._run.hvp], selections, first["hessian_samples"], first["seed"], keep_graph
                 )
         self.products, self._taken = products, True
+        self.end()
         self._took_part = [selection.with_grads(()) for selection in selections]
         return selections
 
@@ -142,9 +143,10 @@ class Curvature:
                 )
 
     def end(self) -> None:
-        """The step is over: no hook stays."""
+        """The gradients have been used, or the step is over: no hook stays."""
         if self._watch is not None:
             self._watch.remove()
+            self._watch = None
 
 
 def take_products(first: Step) -> None:

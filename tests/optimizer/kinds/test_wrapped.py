@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from sassha_fused import Sassha, running_stats_once
 from tests.support.kinds import Net, all_styles, assert_clean
-from tests.support.problems import ALL_STYLES, Problem, assert_same, single_threaded, weights
+from tests.support.problems import ALL_STYLES, Problem, assert_same, parameter, single_threaded, weights
 
 one_thread = pytest.fixture(autouse=True)(single_threaded)
 
@@ -257,3 +258,15 @@ def test_the_users_own_hooks_stay_in_their_order() -> None:
         problem.step(style)
     assert list(problem.params[0]._backward_hooks) == [first.id, second.id]
     assert order == ["first", "second"] * 8
+
+
+@pytest.mark.parametrize("style", ALL_STYLES)
+def test_a_hook_that_scales_gradients_scales_their_products_once(style: str) -> None:
+    def curvature(scale: float) -> Tensor:
+        w = parameter(1.0, -2.0, 3.0, dtype=torch.float64)
+        w.register_hook(lambda grad: scale * grad)
+        opt = Sassha([w], rho=1e-12)
+        ALL_STYLES[style](opt, lambda: (w**4).sum())
+        return opt.state[w]["exp_hessian"]
+
+    torch.testing.assert_close(curvature(3.0), 3 * curvature(1.0), rtol=1e-9, atol=0)
