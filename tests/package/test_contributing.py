@@ -43,3 +43,11 @@ def test_every_path_in_the_table_exists() -> None:
     assert paths
     wrong = [path for path in paths if not (ROOT / path).exists() or (ROOT / path).is_dir() != path.endswith("/")]
     assert [path for path in wrong if not (ROOT / path).is_symlink()] == []
+
+
+@pytest.mark.parametrize("folders, most", [(("sassha_fused", "triton_kernels"), 300), (("tests",), 500)], ids=str)
+def test_a_file_fits_on_a_few_screens(folders: tuple[str, ...], most: int) -> None:
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    assert files
+    lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in files}
+    assert {file: length for file, length in lengths.items() if length > most} == {}
