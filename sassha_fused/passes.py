@@ -77,31 +77,32 @@ def swap_with_backup(selections: Sequence[Selection]) -> None:
     forget_copies()
 
 
+def back_up(selections: Sequence[Selection]) -> None:
+    """backup <- w, where no perturbation did so."""
+    for selection in selections:
+        torch._foreach_copy_(selection.backups(), list(selection.params))
+
+
 def update(
-    selections: Sequence[Selection], products: Products, norm_of_first: Tensor | None, losses: Sequence[Tensor]
+    selections: Sequence[Selection], products: Products, first_norm: Tensor, perturbed: bool, losses: Sequence[Tensor]
 ) -> None:
-    """From w to the new weights in every bucket; what is wrong with a scalar is found before any bucket is written.
+    """From w, as the backup has it, to the new weights in every bucket; wrong scalars are found before one is written.
 
     Where anything is not finite, weights and averages stay as they are, and the step is marked as skipped.
 
     Args:
         products: the Hessian estimates of each selection; none on a lazy step.
-        norm_of_first: the norm of the gradients by which the weights were perturbed, whose backup holds w; None where
-            they were not.
+        first_norm: the norm of the first pass's gradients.
+        perturbed: whether these gradients are those of a second pass, which nobody has looked at yet.
         losses: of every pass.
     """
     lrs = [s.group["lr"] for s in selections if isinstance(s.group["lr"], Tensor)]
-    guards = [_guard(scalar) for scalar in (*losses, *lrs)]
+    guards = [first_norm, *(_guard(scalar) for scalar in (*losses, *lrs))]
     # Of several buckets none may be written before all are known to be finite; of a single one, update_ finds out.
-    look = norm_of_first is not None and len(selections) == 1
+    look = perturbed and len(selections) == 1
     if not look:
-        guards.append(norm(selections))
+        guards += [norm(selections)] if perturbed else []
         guards += [s.bucket.operators.grad_norm(p, (), False) for s, p in zip(selections, products, strict=False)]
-    if norm_of_first is None:
-        for selection in selections:
-            torch._foreach_copy_(selection.backups(), list(selection.params))
-    else:
-        guards.append(norm_of_first)
     with explaining_refusals(selections):
         updates = [
             _prepared_update(selection, products[i] if products else (), guards, look)

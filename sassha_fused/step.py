@@ -138,8 +138,8 @@ class Step:
     def finish(self, losses: Sequence[Tensor] = ()) -> None:
         """From the gradients of the last pass to the new weights: Hessian products, checks, and the update."""
         self._check_groups()
-        selections = self._perturbed_and_back() if self._norm is not None else self._with_current(self._at_w)
-        if not selections:
+        selections = self._perturbed_and_back() if self._moved else self._with_current(self._at_w)
+        if not selections or self._norm is None:
             return self.end()
         if self.curvature is not None or len(under_way) > 1:
             take_products(self)
@@ -148,9 +148,12 @@ class Step:
             selections = [selection.with_grads(list(map(_grad, selection.params))) for selection in selections]
         products = self.curvature.products_of(selections) if self.curvature is not None else ()
         with self._run.uninterrupted:
-            self._put_back_all_but(selections)
+            if self._moved:
+                self._put_back_all_but(selections)
+            else:
+                passes.back_up(selections)
             try:
-                passes.update(selections, products, self._norm, losses)
+                passes.update(selections, products, self._norm, bool(self._moved), losses)
             except BaseException:
                 self.put_back(self._moved or selections)
                 self.perturbed = False
@@ -169,8 +172,8 @@ class Step:
         """The perturbed parameters that have a second gradient, with it."""
         if self.weights_were_written():
             raise ValueError(
-                "the weights were written between perturb() and step(), which would be lost: load or change weights "
-                "before perturb() or after step()"
+                "the weights were written between perturb() and step(), which takes its step from w, as it was before "
+                "perturb(): load or change weights before perturb() or after step()"
             )
         flat, states = self._run.flat, self._states.values()
         untouched = not flat.edits.made and len(states) == len(flat.states) and all(map(is_, states, flat.states))
@@ -190,8 +193,8 @@ class Step:
     def _at_w(self, selections: list[Selection]) -> list[Selection]:
         """The parameters that have a gradient of the only pass."""
         refuse_used((selection.grads[0] for selection in selections), "step()")
-        for selection in selections:
-            passes.norm([selection])  # refuses what does not fit, as where a part of the model has moved
+        # Refuses what does not fit, as where a part of the model has moved.
+        self._norm = passes.norm(selections) if selections else None
         due = self._run.is_scheduled(self.groups) or any(s.lacks_hessian() for s in selections)
         if selections and due and self.curvature is None:
             self.expect_hessian()
@@ -218,6 +221,7 @@ class Step:
             with self._run.uninterrupted:
                 if self.perturbed:  # not where a handler has raised, and so has left w
                     self.put_back(self._moved)
+                    self._versions = _versions_of(self._moved)
                 self.perturbed = False
             if over:
                 self.end()
@@ -234,8 +238,8 @@ class Step:
                 self.end()
 
     def weights_were_written(self) -> bool:
-        """Whether somebody has written into the weights since they are at w', as in loading a model."""
-        return self.perturbed and self._versions != _versions_of(self._moved)
+        """Whether somebody has written into the weights since this step moved them, as in loading a model."""
+        return self._versions != _versions_of(self._moved)
 
     def refuse_given_up(self) -> None:
         """ValueError where something that the closure called has given this step up."""
