@@ -51,6 +51,7 @@ def assert_unbiased_with_the_variance_of_the_formula(estimates: Tensor, A: Tenso
     assert ((found - variance).abs() <= SIGMAS * ((fourth - variance.square()) / count).sqrt()).all()
 
 
+@pytest.mark.slow
 @each_quick_backend
 @pytest.mark.parametrize("hessian_samples", [1, 3])
 def test_mean_of_the_estimate_over_seeds_and_evaluations_is_the_diagonal(backend: str, hessian_samples: int) -> None:
@@ -66,6 +67,7 @@ def test_mean_of_the_estimate_over_seeds_and_evaluations_is_the_diagonal(backend
     assert_unbiased_with_the_variance_of_the_formula(torch.stack(estimates), A, hessian_samples)
 
 
+@pytest.mark.slow
 @each_quick_backend
 @pytest.mark.parametrize("hessian_samples", [2, 3])
 def test_mean_of_the_signed_estimate_is_the_diagonal_of_an_indefinite_hessian(

@@ -53,6 +53,7 @@ def variants(name: str, case: Case) -> list[dict[str, Any]]:
     return [arguments, *({**arguments, **changes} for changes in others.get(name, []))]
 
 
+@pytest.mark.slow
 @each_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_torch_accepts_the_operator(name: str, dtype: torch.dtype) -> None:
@@ -94,6 +95,7 @@ def test_shapes_and_dtypes_are_known_without_values(name: str) -> None:
         assert result is None
 
 
+@pytest.mark.slow
 @each_operator
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_compiled_function_writes_the_same_bits(name: str, compiler: str) -> None:

@@ -27,6 +27,7 @@ def test_the_bare_command_prints_versions_and_every_backend_with_its_reason(monk
     assert "eager   available" in printed
 
 
+@pytest.mark.slow
 def test_the_self_test_runs_every_operator_on_every_backend_here_and_passes(monkeypatch, capsys):
     assert run_command(monkeypatch, "selftest") == 0
     lines = capsys.readouterr().out.splitlines()
