@@ -44,16 +44,17 @@ def main() -> None:
     ops.BACKENDS["triton"] = ops.Backend(("cpu",), lambda: None, ops.BACKENDS["triton"].load)
     rate = torch.tensor(0.1)
     params = [nn.Parameter(torch.ones(count)) for count in (1, 16, 17, 4096, 100_003)]
-    opt = Sassha(params, backend="triton", hessian_interval=3, hessian_samples=2, lr=rate)
+    # What is counted of a state stays the same.
+    groups = [{"params": params[:3]}, {"params": params[3:], "bias_correction": "update"}]
+    opt = Sassha(groups, backend="triton", hessian_interval=3, hessian_samples=2, lr=rate)
     steps = []
     for step in range(STEPS):
-        group = opt.param_groups[0]
-        # 0, 1 and multiples of 16 are what Triton likes to compile anew for.
-        group["lr"] = rate if step % 2 else 0.1 + step / 100
-        group["betas"] = (step % 7 / 8, 1 - 1 / (2 + step))
-        group["eps"], group["weight_decay"], group["rho"] = (0.0, 1.0, 16.0, 1e-4)[step % 4], step % 3, step / 10
-        group["maximize"] = step % 5 == 0
-        group["bias_correction"] = ("step", "update")[step % 2]
+        for group in opt.param_groups:
+            # 0, 1 and multiples of 16 are what Triton likes to compile anew for.
+            group["lr"] = rate if step % 2 else 0.1 + step / 100
+            group["betas"] = (step % 7 / 8, 1 - 1 / (2 + step))
+            group["eps"], group["weight_decay"], group["rho"] = (0.0, 1.0, 16.0, 1e-4)[step % 4], step % 3, step / 10
+            group["maximize"] = step % 5 == 0
         rate.fill_(0.1 / (step + 1))
         # Parameters come and go, so that all counts change.
         present = params[step % 3 :] if step % 4 else params
