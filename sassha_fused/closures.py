@@ -21,9 +21,9 @@ def walk(step: Step, closure: Closure, params: Sequence[Tensor]) -> Tensor:
     losses = []
     step.begin()
     while True:
-        with step.gradients():
+        with step.around_pass():
             losses.append(evaluate(closure, params))
-        step.refuse_given_up()
+        step.refuse_interference()
         if not step.arrive():
             break
     step.finish(losses)

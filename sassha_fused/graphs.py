@@ -52,8 +52,9 @@ class _RecordedStep(Step):
     def count(self, taken: StepTaken) -> None:
         self.taken = taken
 
-    def put_back(self, selections: Sequence[Selection]) -> None:
-        pass  # the backup is that of a step before
+    @staticmethod
+    def put_back(selections: Sequence[Selection]) -> None:
+        """Leaves the weights alone: the backup is that of a step before."""
 
 
 class GraphedStep:
@@ -105,8 +106,8 @@ class GraphedStep:
         return device
 
     def _forget(self) -> None:
-        self._captured: dict[bool, _Captured] = {}
-        self._runs: dict[bool, int] = {}
+        self._captured: dict[tuple[bool, ...], _Captured] = {}
+        self._runs: dict[tuple[bool, ...], int] = {}
         self._recorded: list[dict[str, Any]] = []
         self._of: list[Bucket] = []
 
@@ -121,7 +122,8 @@ class GraphedStep:
         if [*map(id, self._of)] != [*map(id, buckets)]:
             self._forget()
             self._of = list(buckets)
-        kind = optimizer.hessian_due
+        # What is frozen or thawed is another step.
+        kind = (optimizer.hessian_due, *(param.requires_grad for param in of_groups(optimizer.param_groups)))
         with torch.cuda.device(self._device):
             if self._runs.get(kind, 0) < _WARMUP:
                 self._runs[kind] = self._runs.get(kind, 0) + 1

@@ -55,10 +55,8 @@ class uninterrupted:
         self._handlers: dict[int, Handler] = {}
         # Elsewhere Python runs no handlers, and lets none be set.
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                if callable(handler := getsignal(number)):
-                    self._handlers[number] = handler
-                    set_handler(number, self._hold)
+            self._handlers = {number: handler for number in _SIGNALS if callable(handler := getsignal(number))}
+            _set_all(dict.fromkeys(self._handlers, self._hold), self._handlers)
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
         self._arrived[number] = frame
@@ -66,18 +64,27 @@ class uninterrupted:
     def __exit__(self, *_: object) -> None:
         handlers = {number: _waiting.get(number, h) if h is _handle_at_w else h for number, h in self._handlers.items()}
         own = {number: h for number, h in handlers.items() if h is not signal.default_int_handler}
-        if own or _away:
+        if own or (_away and self._handlers):  # other threads leave the handlers alone
             weights: Any = self._weights()
             (_away.add if weights.perturbed else _away.discard)(weights)
             if _away:
                 _waiting.update(own)
                 handlers.update(dict.fromkeys(own, _handle_at_w))
-            else:
-                _waiting.clear()
+        _set_all(handlers, handlers)
+        with ExitStack() as arrived:  # which runs them all, also where one raises
+            for number, frame in reversed(self._arrived.items()):
+                arrived.callback(handlers[number], number, frame)
+
+
+def _set_all(handlers: dict[int, Handler], otherwise: dict[int, Handler]) -> None:
+    """Sets these, or, where a handler interrupts and raises meanwhile, the others."""
+    try:
         for number, handler in handlers.items():
             set_handler(number, handler)
-        for number, frame in self._arrived.items():
-            handlers[number](number, frame)
+    except BaseException:
+        for number, handler in otherwise.items():
+            set_handler(number, handler)
+        raise
 
 
 def _handle_at_w(number: int, frame: FrameType | None) -> None:

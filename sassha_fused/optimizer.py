@@ -57,8 +57,8 @@ class FusedOptimizer(Optimizer):
         """Whether the second pass of this step, or of the next if none is under way, needs a graph of its gradients."""
         run = self._run
         if run.step is not None:
-            return run.step.curvature is not None
-        return run.expects_hessian(self.param_groups)
+            return run.step.awaits_products
+        return run.hessian_is_coming(self.param_groups)
 
     @property
     def skipped_steps(self) -> int:
@@ -74,11 +74,11 @@ class FusedOptimizer(Optimizer):
             TypeError, ValueError: the weights are at w' already; a gradient is sparse or of another shape, dtype or
                 device, or was used by the step before; a hyperparameter was edited to a value that is refused.
         """
-        under_way = self._run.step
-        if under_way is not None:
-            if under_way.perturbed:
+        step = self._run.step
+        if step is not None:
+            if step.perturbed:
                 raise ValueError("perturb() called twice: call step(), or restore() to give the step up")
-            under_way.end()
+            step.end()
         Step.take_in_first_gradients(self._run, self.param_groups, self.state)
 
     @contextmanager
@@ -94,7 +94,7 @@ class FusedOptimizer(Optimizer):
         if not self.hessian_due:
             yield
         elif run.step is not None:
-            with run.step.gradients():
+            with run.step.around_pass():
                 yield
         elif not is_single(self.param_groups):
             yield  # a first pass, whose gradients perturb() takes without a graph
@@ -260,7 +260,7 @@ class FusedOptimizer(Optimizer):
         """
         step = self._run.step
         if step is not None and step.weights_were_written():
-            step.forget()
+            step.end_keeping_weights()
         self._leave_step("load_state_dict()")
         # Registered last, so that it sees what the user's hooks made of the state_dict.
         handle = self.register_load_state_dict_pre_hook(check_and_protect)

@@ -68,7 +68,7 @@ class Run:
         interval: int = groups[0]["hessian_interval"]
         return steps % interval == 0 or steps < groups[0]["hessian_warmup"]
 
-    def expects_hessian(self, groups: Groups) -> bool:
+    def hessian_is_coming(self, groups: Groups) -> bool:
         """Whether the coming step is a Hessian step, as far as can be told before its first pass.
 
         Of a step that is not perturbed the first pass is the only one, and any trained parameter may get a gradient.

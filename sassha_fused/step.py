@@ -14,7 +14,7 @@ from torch import Tensor
 from . import passes
 from .checks import values_of
 from .counts import StepTaken
-from .curvature.of_step import Curvature, release_graphs, take_products, under_way
+from .curvature.of_step import Curvature, at_w_prime, release_graphs, take_products
 from .flat import Groups, Selection, States, with_gradients
 from .gradients import refuse_used
 from .hessian_pass import building_graphs, set_aside
@@ -67,22 +67,28 @@ class Step:
 
     def begin(self) -> None:
         """Before the first pass of a closure: where it is the only one, it may need a graph already."""
-        if self._single and self._run.expects_hessian(self.groups):
-            self.expect_hessian()
+        if self._single and self._run.hessian_is_coming(self.groups):
+            self.make_curvature()
 
-    def expect_hessian(self) -> None:
+    def make_curvature(self) -> None:
         """The coming pass is that of a Hessian step."""
         self.curvature = Curvature(self._run, self.groups, self._moved)
 
-    def gradients(self) -> AbstractContextManager[None]:
+    @property
+    def awaits_products(self) -> bool:
+        """Whether this is a Hessian step whose products have not been taken."""
+        return self.curvature is not None and not self.curvature.taken
+
+    def around_pass(self) -> AbstractContextManager[None]:
         """What a pass of the network runs in, so that its gradients are those that this step needs."""
-        if self.curvature is not None:
+        if self.curvature is not None and not self.curvature.taken:
+            self._run.others = ()
             return building_graphs(partial(self.curvature.around_backward, self))
         return set_aside(self._run.others) if self.perturbed else nullcontext()
 
     def arrive(self) -> bool:
         """Takes in the gradients of a pass; whether another one is needed."""
-        if self.perturbed or self._single:
+        if self._moved or self._single:
             return False
         self.perturb()
         return self.perturbed
@@ -96,18 +102,18 @@ class Step:
             if not self._moved:
                 return self.end()
             # Only now: the device has this step's first pass to work on while the host waits for the step before.
-            steps, first = run.counts.catch_up(), self.groups[0]
-            scheduled = steps % first["hessian_interval"] == 0 or steps < first["hessian_warmup"]
-            if scheduled or any(s.bucket.without_hessian and s.lacks_hessian() for s in self._moved):
-                self.expect_hessian()
+            steps, first = run.counts.catch_up(), self.groups[0]  # the schedule of Run, without its calls
+            due = steps % first["hessian_interval"] == 0 or steps < first["hessian_warmup"]
+            if due or any(s.bucket.without_hessian and s.lacks_hessian() for s in self._moved):
+                self.make_curvature()
+            for selection in self._moved:
+                selection.grads = ()
+                for param in selection.params:
+                    param.grad = None
+            self._versions = _versions_of(self._moved)
         except BaseException:
             self.give_up()
             raise
-        for selection in self._moved:
-            selection.grads = ()
-            for param in selection.params:
-                param.grad = None
-        self._versions = _versions_of(self._moved)
 
     def _perturb(self, selections: list[Selection]) -> Tensor | None:
         if any(hasattr(selection.grads[0], "_used_in_version") for selection in selections):
@@ -119,7 +125,7 @@ class Step:
         finally:
             if self._moved:
                 self.perturbed = True
-                under_way.add(self)
+                at_w_prime.steps.add(self)
 
     def _with_current(self, act: Callable[[list[Selection]], Any]) -> Any:
         """What act makes of the parameters that have a gradient, where they are and as they are now."""
@@ -141,7 +147,7 @@ class Step:
         selections = self._perturbed_and_back() if self._moved else self._with_current(self._at_w)
         if not selections or self._norm is None:
             return self.end()
-        if self.curvature is not None or len(under_way) > 1:
+        if self.curvature is not None or len(at_w_prime.steps) > 1:
             take_products(self)
         if any(any(map(_requires_grad, selection.grads)) for selection in selections):
             release_graphs(self, selections)
@@ -197,7 +203,7 @@ class Step:
         self._norm = passes.norm(selections) if selections else None
         due = self._run.is_scheduled(self.groups) or any(s.lacks_hessian() for s in selections)
         if selections and due and self.curvature is None:
-            self.expect_hessian()
+            self.make_curvature()
         if self.curvature is not None:
             self.curvature.of = selections
         return selections
@@ -241,12 +247,16 @@ class Step:
         """Whether somebody has written into the weights since this step moved them, as in loading a model."""
         return self._versions != _versions_of(self._moved)
 
-    def refuse_given_up(self) -> None:
-        """ValueError where something that the closure called has given this step up."""
+    def refuse_interference(self) -> None:
+        """ValueError where something that the closure called has ended this step, or begun another."""
         if self._run.step is not self:
             self._run.raise_given_up()
+            raise ValueError(
+                "the closure has ended or begun a step of its own optimizer: leave perturb(), restore(), step() and "
+                "load_state_dict() out of it"
+            )
 
-    def forget(self) -> None:
+    def end_keeping_weights(self) -> None:
         """The step is over, and the weights stay as they are."""
         with self._run.uninterrupted:
             self.perturbed = False
@@ -256,7 +266,7 @@ class Step:
         """The step is over."""
         if self.curvature is not None:
             self.curvature.end()
-        under_way.discard(self)
+        at_w_prime.steps.discard(self)
         if self._run.step is self:
             self._run.step = None
 
@@ -278,15 +288,13 @@ class Step:
             passes.swap_with_backup(self._moved)
             self.perturbed = True
 
-    def put_back(self, selections: Sequence[Selection]) -> None:
-        """w' -> w of these."""
-        passes.put_back(selections)
+    put_back = staticmethod(passes.put_back)
 
     def _put_back_all_but(self, selections: Sequence[Selection]) -> None:
         """Restores what was perturbed and has no second gradient; the update restores the others itself."""
-        if not self.perturbed or sum(len(s.params) for s in selections) == sum(len(s.params) for s in self._moved):
+        if sum(len(s.params) for s in selections) == sum(len(s.params) for s in self._moved):
             return
         updated = {param for selection in selections for param in selection.params}
-        for selection in self._moved:
+        for selection in self._moved if self.perturbed else ():
             if others := [i for i, param in enumerate(selection.params) if param not in updated]:
                 self.put_back([selection.at(others)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..batch_norm import running_stats_frozen
 from ..flat import Groups
 from ..gradients import name_of, of_groups
-from ..hessian_pass import building_graphs
+from ..hessian_pass import building_graphs, leaves_of, nodes_of, set_aside
 from ..passes import forget_copies
 from .exact import autograd_products
 
@@ -30,12 +30,15 @@ def check_products(closure: Callable[[], Any], groups: Groups, tolerance: float)
     Raises:
         ValueError: naming the parameters where it exceeds tolerance.
     """
-    params = [param for param in of_groups(groups) if param.requires_grad]
+    params = [param for param in dict.fromkeys(of_groups(groups)) if param.requires_grad]
+    if not params:
+        return {}
+    outside: list[Tensor] = []
     kept = [param.grad for param in params]
     weights = [param.detach().clone() for param in params]
     try:
         with running_stats_frozen():
-            gradients = _gradients(closure, params, create_graph=True)
+            gradients = _gradients(closure, params, outside, create_graph=True)
             reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
             signs = _signs(params)
             exact = autograd_products(
@@ -44,13 +47,13 @@ def check_products(closure: Callable[[], Any], groups: Groups, tolerance: float)
                 [signs[i] for i in reached],
                 False,
             )
-            length = float(torch.stack([w.double().norm() for w in weights]).norm())
             probe = float(sum(z.numel() for z in signs)) ** 0.5
+            length = float(torch.stack([w.double().norm() for w in weights]).norm()) or probe
             differences = dict.fromkeys(reached, float("inf"))
             noise = 0.0
             for step in _STEPS:
                 h = step * length / probe
-                ahead, behind = (_gradients(closure, _moved(params, weights, signs, s)) for s in (h, -h))
+                ahead, behind = (_gradients(closure, _moved(params, weights, signs, s), outside) for s in (h, -h))
                 _moved(params, weights, signs, 0.0)
                 found = [(_or_zero(ahead[i], z) - _or_zero(behind[i], z)) / (2 * h) for i, z in zip(reached, exact)]
                 noise = noise or max((_noise(product) for product in (*exact, *found)), default=0.0)
@@ -74,10 +77,19 @@ def check_products(closure: Callable[[], Any], groups: Groups, tolerance: float)
     return {names[i].strip("'"): difference for i, difference in differences.items()}
 
 
-def _gradients(closure: Callable[[], Any], params: Sequence[Tensor], create_graph: bool = False) -> list[Tensor | None]:
+def _gradients(
+    closure: Callable[[], Any], params: Sequence[Tensor], outside: list[Tensor], create_graph: bool = False
+) -> list[Tensor | None]:
+    """The gradients of one evaluation; those of outside parameters, which the first one finds, stay as they are."""
+
+    def around(loss: Tensor) -> AbstractContextManager[None]:
+        own = set(params)
+        outside.extend(leaf for leaf in leaves_of(nodes_of([loss])) if leaf not in own)
+        return set_aside(outside)
+
     for param in params:
         param.grad = None
-    with _same_randomness(), torch.enable_grad(), building_graphs() if create_graph else nullcontext():
+    with _same_randomness(), torch.enable_grad(), building_graphs(around) if create_graph else set_aside(outside):
         loss = closure()
         if all(param.grad is None for param in params) and loss is not None and loss.requires_grad:
             loss.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -9,6 +10,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from .. import passes
 from ..flat import Groups, Selection, with_gradients
@@ -31,8 +33,18 @@ if TYPE_CHECKING:
 
 _requires_grad = attrgetter("requires_grad")
 
-# Steps whose weights are at w'. Of several optimizers of one loss none may move before all have their products.
-under_way: weakref.WeakSet[Step] = weakref.WeakSet()
+
+class _AtWPrime(threading.local):
+    """Steps of this thread whose weights are at w'.
+
+    Of several optimizers of one loss none may move before all have their products.
+    """
+
+    def __init__(self) -> None:
+        self.steps: weakref.WeakSet[Step] = weakref.WeakSet()
+
+
+at_w_prime = _AtWPrime()
 
 
 def _about(steps: Iterable[Step]) -> set[Tensor]:
@@ -44,6 +56,7 @@ class Curvature:
 
     Attributes:
         of: the parameters that were perturbed; of a step without perturbation, those that have a gradient.
+        taken: whether the products have been taken.
         products: for each selection that took part the estimates of its Hessian; none before they are taken, and
             none where the only parameters that asked for this Hessian step had no second gradient.
     """
@@ -52,20 +65,25 @@ class Curvature:
         self._run, self._groups, self.of = run, groups, of
         self.products: passes.Products = ()
         self._took_part: Sequence[Selection] = ()
-        self._taken = False
+        self.taken = False
         self._watch, run.watch = run.watch, None
         if self._watch is None and SOURCES[run.hvp].needs_graph:
             self._watch = GradientWatch(param for param in of_groups(groups) if param.requires_grad)
+        # No hook stays where the optimizer is dropped in the middle of a step.
+        self.end = weakref.finalize(self, self._watch.remove) if self._watch is not None else lambda: None
 
     @contextmanager
     def around_backward(self, step: Step, loss: Tensor) -> Iterator[None]:
         """Keeps the graph from the gradients of parameters that no step under way is about."""
         nodes = nodes_of([loss])
-        about = _about({step, *under_way})
-        self._run.others = [leaf for leaf in leaves_of(nodes) if leaf not in about]
-        with warning_of_constants(nodes), set_aside(self._run.others) if step.perturbed else nullcontext():
-            yield
-        detach(self._run.others)
+        about = _about({step, *at_w_prime.steps})
+        others = [leaf for leaf in leaves_of(nodes) if leaf not in about]
+        self._run.others = [*self._run.others, *(leaf for leaf in others if isinstance(leaf, Parameter))]
+        try:
+            with warning_of_constants(nodes), set_aside(others) if step.perturbed else nullcontext():
+                yield
+        finally:
+            detach(others)
 
     def holds_weights_of(self, other: Step) -> bool:
         """Whether the graph of gradients that wait for their products was built on the weights of the other."""
@@ -76,11 +94,7 @@ class Curvature:
 
     def may_take(self) -> bool:
         """Whether the gradients that are there tell the Hessian, or have told it to another optimizer's step."""
-        return self._taken or self._has_graphs() or (self._watch is not None and self._watch.saw_graph)
-
-    def has_to_take(self) -> bool:
-        """Whether the products were not taken, or not of the gradients that are there now."""
-        return not self._taken or self._has_graphs()
+        return self.taken or self._has_graphs() or (self._watch is not None and self._watch.saw_graph)
 
     def _has_graphs(self) -> bool:
         return any(any(map(_requires_grad, selection.grads)) for selection in with_gradients(self.of))
@@ -102,7 +116,7 @@ class Curvature:
                 products = estimate(
                     SOURCES[self._run.hvp], selections, first["hessian_samples"], first["seed"], keep_graph
                 )
-        self.products, self._taken = products, True
+        self.products, self.taken = products, True
         self.end()
         self._took_part = [selection.with_grads(()) for selection in selections]
         return selections
@@ -142,20 +156,14 @@ class Curvature:
                     "curvature would be taken for 0. Within opt.hessian_pass() every backward builds a graph"
                 )
 
-    def end(self) -> None:
-        """The gradients have been used, or the step is over: no hook stays."""
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
-
 
 def take_products(first: Step) -> None:
     """Takes the products of a step, where it is a Hessian step and they were not taken of the gradients that are there.
 
     So do other optimizers of the same loss whose weights are at w': all graphs hold the weights of all.
     """
-    waiting = [first] if first.curvature and first.curvature.has_to_take() else []
-    for other in list(under_way):
+    waiting = [first] if first.awaits_products else []
+    for other in list(at_w_prime.steps):
         if other is not first and other.curvature and other.curvature.holds_weights_of(first):
             waiting.append(other)
     taken = [step.curvature.take(step is not waiting[-1]) for step in waiting if step.curvature]
@@ -166,6 +174,6 @@ def take_products(first: Step) -> None:
 def release_graphs(step: Step, selections: Sequence[Selection]) -> None:
     """Lets go of the graph of a step's gradients, and of those that others have got of it."""
     nodes = nodes_of(grad for selection in selections for grad in selection.grads)
-    awaited = _about(other for other in under_way if other is not step)
+    awaited = _about(other for other in at_w_prime.steps if other is not step)
     detach(of_groups(step.groups))
     take_graphs(leaf for leaf in leaves_of(nodes) if leaf not in awaited)
