@@ -32,7 +32,7 @@ SASSHA_LIBRARY(SASSHA_NAMESPACE, m) {
   // One step from w = backup (csrc/math/sassha.h). products, if any, are this step's Hessian estimates. Where any of
   // the scalars in guards, or if guard_grads any element of grads or products, is not finite: params <- backup,
   // skipped <- 1, and nothing else is written. bias_correction: 0 "step", 1 "update", 2 "none"
-  // (sassha_fused/validation.py).
+  // (sassha_fused/checks.py).
   m.def(
       "update_(Tensor(a!)[] params, Tensor[] grads, Tensor[] products, Tensor backup, Tensor(b!) exp_avg, "
       "Tensor(c!) exp_hessian, Tensor(d!) steps, Tensor(e!) skipped, int[] offsets, int[] rows, Tensor[] guards, "

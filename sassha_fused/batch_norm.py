@@ -26,29 +26,29 @@ class Perturbable(Protocol):
         ...
 
 
-class _Holding:
-    """Hooks that keep a batch norm's running statistics as they are, while ``asked()`` says so.
+class _StatsFreeze:
+    """Hooks that keep a batch norm's running statistics as they are, while ``asked()`` is true.
 
     They belong to a model and to a process: a copy or a pickle of the model gets hooks that do nothing.
     """
 
     def __init__(self, asked: Callable[[], bool]) -> None:
         self._asked = asked
-        self._held: set[int] = set()
+        self._frozen: set[int] = set()
 
     def before(self, module: nn.Module, _: object) -> None:
         # Without track_running_stats a training forward neither reads nor writes the statistics.
         if isinstance(module, _BatchNorm) and module.training and module.track_running_stats and self._asked():
             module.track_running_stats = False
-            self._held.add(id(module))
+            self._frozen.add(id(module))
 
     def after(self, module: nn.Module, *_: object) -> None:
-        if isinstance(module, _BatchNorm) and id(module) in self._held:
+        if isinstance(module, _BatchNorm) and id(module) in self._frozen:
             module.track_running_stats = True
-            self._held.discard(id(module))
+            self._frozen.discard(id(module))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Holding, (_never,)
+        return _StatsFreeze, (_never,)
 
 
 def _never() -> bool:
@@ -67,12 +67,12 @@ class RunningStatsHandle:
             found = to_optimizer()
             return found is not None and getattr(found, "second_pass", found.perturbed)
 
-        holding = _Holding(in_second_pass)
+        freeze = _StatsFreeze(in_second_pass)
         self._hooks = []
         for module in model.modules():
             if isinstance(module, _BatchNorm):
-                self._hooks.append(module.register_forward_pre_hook(holding.before))
-                self._hooks.append(module.register_forward_hook(holding.after, always_call=True))
+                self._hooks.append(module.register_forward_pre_hook(freeze.before))
+                self._hooks.append(module.register_forward_hook(freeze.after, always_call=True))
 
     def remove(self) -> None:
         """Takes the hooks off the model."""
@@ -107,12 +107,12 @@ def running_stats_once(model: nn.Module, optimizer: Perturbable) -> RunningStats
 
 
 @contextmanager
-def running_stats_held() -> Iterator[None]:
+def running_stats_frozen() -> Iterator[None]:
     """No batch norm of any model updates its running statistics within the block."""
-    holding = _Holding(lambda: True)
+    freeze = _StatsFreeze(lambda: True)
     hooks = [
-        modules.register_module_forward_pre_hook(holding.before),
-        modules.register_module_forward_hook(holding.after, always_call=True),
+        modules.register_module_forward_pre_hook(freeze.before),
+        modules.register_module_forward_hook(freeze.after, always_call=True),
     ]
     try:
         yield

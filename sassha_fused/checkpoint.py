@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .checks import check_groups, check_same_corrections
-from .flat import STATES
+from .parameter_state import STATES
 
 
 class AsSaved:
@@ -54,4 +55,16 @@ def counts_of(groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]
         max(steps, default=0),
         max((group.get("hessian_evaluations", 0) for group in groups), default=0),
         max((group.get("skipped_steps", 0) for group in groups), default=0),
+    )
+
+
+def initialises_state(
+    groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]], grads: Sequence[Tensor]
+) -> bool:
+    """Whether torch.distributed.checkpoint has state made: by a step with lr 0 on gradients without a graph."""
+    return (
+        len(grads) > 0
+        and not states
+        and not any(grad.requires_grad for grad in grads)
+        and all(float(group["lr"]) == 0 for group in groups)
     )

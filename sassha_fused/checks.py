@@ -36,7 +36,8 @@ def _check_lr(lr: Any, wait: bool) -> None:
         return
     if lr.numel() != 1 or not lr.is_floating_point():
         raise ValueError(f"lr, if a tensor, must be one floating-point element, got {lr!r}")
-    if wait and not 0.0 <= float(lr) < math.inf:
+    at_once = type(lr) is Tensor and lr.device.type == "cpu"
+    if (wait or at_once) and not 0.0 <= float(lr) < math.inf:
         raise ValueError(f"lr must be finite and >= 0, got {lr!r}")
 
 

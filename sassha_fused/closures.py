@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from .step import Step, is_used, mark_used
+from .gradients import grads_of, mark_used
+from .step import Step
 
 Closure = Callable[[], Tensor]
 
@@ -26,7 +27,7 @@ def walk(step: Step, closure: Closure, params: Sequence[Tensor]) -> Tensor:
         if not step.arrive():
             break
     step.finish(losses)
-    mark_used(map(_grad, params))  # those that took no part as well: the next step drops them
+    mark_used(grads_of(params))  # also those that took no part: the next step drops them
     return losses[0]
 
 
@@ -57,13 +58,13 @@ def evaluate(closure: Closure, params: Sequence[Tensor]) -> Tensor:
     return loss.detach()
 
 
-def refuse_accumulated(params: Iterable[Tensor]) -> None:
-    """ValueError where somebody has left gradients that a closure's step would drop."""
-    for param in params:
-        if param.grad is not None and not is_used(param.grad):
-            raise ValueError(
-                "step(closure) found gradients that it would drop: of a backward outside the closure, as in gradient "
-                "accumulation, which is not supported yet, or left by another optimizer's step. Have the closure "
-                "return the sum of the losses of all micro-batches; or, if these gradients are not needed, call "
-                "opt.zero_grad() before step(closure)"
-            )
+def ends_step(closure: Callable[[], object], params: Sequence[Tensor]) -> bool:
+    """Whether a closure that does nothing, as Lightning makes, stands for none at the end of a step in phase style."""
+    if all(param.grad is None for param in params):
+        return False
+    if closure() is not None:
+        raise ValueError(
+            "step(closure) after perturb() and a second backward: the step under way would be dropped. Call step() "
+            "without a closure, or restore() and zero_grad() first"
+        )
+    return True

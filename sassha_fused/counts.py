@@ -84,7 +84,7 @@ class Counts:
         """Counts a step as soon as the counts are needed, when it is known whether the device skipped it."""
         self._counts = (*self._counts[:3], (Flag(taken.skipped), taken))
 
-    def settle(self) -> int:
+    def catch_up(self) -> int:
         """Counts the last step, for which it waits until the device is through with it; returns T."""
         steps, evaluations, skipped, uncounted = self._counts
         if uncounted is not None:

@@ -15,12 +15,10 @@ from torch import Tensor
 from .checks import check_gradients, check_parameter
 from .layout import state_dtype, view_of
 from .ops import Operators, operators
-from .parameter_state import Edits, ParameterState
+from .parameter_state import Edits, ParameterState, check_shape, complete_state
 
 # The state of a parameter starts at a multiple of this many elements: 256 bytes in the narrowest dtype.
 ALIGNMENT = 128
-
-STATES = ("step", "hessian_step", "exp_avg", "exp_hessian")
 
 Groups = Sequence[dict[str, Any]]
 States = dict[Tensor, dict[str, Any]]
@@ -144,7 +142,7 @@ class Selection:
     def check_shapes(self) -> None:
         """ValueError where a parameter has changed its shape since its state was made."""
         for row, param in zip(self.rows, self.params, strict=True):
-            _check_shape(param, self.bucket.layouts[row][0])
+            check_shape(param, self.bucket.layouts[row][0])
 
 
 def with_gradients(selections: Sequence[Selection]) -> list[Selection]:
@@ -161,13 +159,12 @@ def with_gradients(selections: Sequence[Selection]) -> list[Selection]:
     return found
 
 
-def _check_shape(param: Tensor, shape: torch.Size) -> None:
-    if param.shape != shape:
-        raise ValueError(f"a parameter now has shape {tuple(param.shape)}, but its state has {tuple(shape)}")
-
-
 def _same(ones: Sequence[Any], others: Sequence[Any]) -> bool:
     return len(ones) == len(others) and all(map(is_, ones, others))
+
+
+def _is_view(value: Any, view: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dtype == view.dtype and value.is_set_to(view)
 
 
 class FlatState:
@@ -175,6 +172,7 @@ class FlatState:
 
     Attributes:
         buckets: where the state lies.
+        states: the entries of opt.state as they were when it was laid out, and edits whether somebody has edited one.
         laid_out: whether it lies as groups and states asked for when it was last looked at.
     """
 
@@ -186,21 +184,21 @@ class FlatState:
     def forget(self) -> None:
         """Lays the state out anew when it is next needed, from what opt.state then holds."""
         self.laid_out = False
-        self._edits = Edits()
+        self.edits = Edits()
         self._stateless: list[Tensor] = []
         self._params: list[list[Tensor]] = []
-        self._states: list[dict[str, Any]] = []
+        self.states: list[dict[str, Any]] = []
 
-    def select(self, groups: Groups, states: States, settle: Callable[[], int]) -> list[Selection]:
+    def select(self, groups: Groups, states: States, catch_up: Callable[[], int]) -> list[Selection]:
         """The parameters that have a gradient, by bucket; the first gradient gives a parameter its state.
 
-        settle brings the host's counts up to date, which may wait for the device: done only where they are needed.
+        catch_up brings the host's counts up to date, which may wait for the device: done only where they are needed.
         """
         outdated = self.is_outdated(groups, states)
         selections = [] if outdated else with_gradients([bucket.everything for bucket in self.buckets])
         # The operators find what does not go with the first of their parameters, but not that this one has changed.
         if outdated or not all(selection.bucket.is_current(selection.rows[0]) for selection in selections):
-            settle()
+            catch_up()
             self.lay_out(groups, states)
             selections = with_gradients([bucket.everything for bucket in self.buckets])
         return selections
@@ -209,9 +207,9 @@ class FlatState:
         """Whether a parameter waits for its state, or someone has edited the groups, their parameters or the states."""
         return (
             not self.laid_out
-            or self._edits.made
+            or self.edits.made
             or any(param.grad is not None for param in self._stateless)
-            or not _same(list(states.values()), self._states)
+            or not _same(list(states.values()), self.states)
             or len(groups) != len(self._params)
             or not all(_same(group["params"], params) for group, params in zip(groups, self._params, strict=True))
             or not all(bucket.is_current(bucket.telling) and bucket.is_current(0) for bucket in self.buckets)
@@ -220,6 +218,15 @@ class FlatState:
     def is_current(self) -> bool:
         """Whether every parameter still is as its state was made."""
         return all(bucket.is_current(row) for bucket in self.buckets for row in range(len(bucket.params)))
+
+    def is_replaced(self, states: States) -> bool:
+        """Whether somebody has put other state in the place of what lies here, beside entries of his own."""
+        return any(
+            not _is_view(states.get(param, {}).get(name), view)
+            for bucket in self.buckets
+            for row, param in enumerate(bucket.params)
+            for name, view in bucket.state_of(row).items()
+        )
 
     def lacks_hessian(self, params: Iterable[Tensor]) -> bool:
         """Whether one of these has never had a Hessian."""
@@ -234,43 +241,27 @@ class FlatState:
                 states that someone has edited is incomplete or of another shape than its parameter.
         """
         known = {p: row not in b.without_hessian for b in self.buckets for row, p in enumerate(b.params)}
-        edited = self._edits.made
+        edited = self.edits.made
         made: list[Bucket] = []
         stateless: list[Tensor] = []
         for group, members in _members(groups, states, stateless):
-            made.append(Bucket(group, members, [_state_of(states, m.param) for m in members], self.backend))
-        self._edits = Edits()
+            made.append(Bucket(group, members, [complete_state(states, m.param) for m in members], self.backend))
+        self.edits = Edits()
         for bucket in made:
             for row, param in enumerate(bucket.params):
-                old = _state_of(states, param)
+                old = complete_state(states, param)
                 # Read from the state only where no bucket knows: a device's counts would have to be waited for.
                 had = known.get(param) if not edited else None
                 if old and (int(old["hessian_step"]) > 0 if had is None else had):
                     bucket.without_hessian.discard(row)
         for bucket in made:
             for row, param in enumerate(bucket.params):
-                states[param] = ParameterState({**states.get(param, {}), **bucket.state_of(row)}, self._edits)
+                states[param] = ParameterState({**states.get(param, {}), **bucket.state_of(row)}, self.edits)
         self.buckets = made
         self._stateless = stateless
         self._params = [list(group["params"]) for group in groups]
-        self._states = list(states.values())
+        self.states = list(states.values())
         self.laid_out = True
-
-
-def _state_of(states: States, param: Tensor) -> dict[str, Any]:
-    """What states holds of a parameter, beside what other people may have put there; nothing where it was emptied."""
-    state = states.get(param, {})
-    missing = [name for name in STATES if name not in state]
-    if len(missing) == len(STATES):
-        return {}
-    if missing:
-        raise ValueError(
-            f"opt.state of a parameter of shape {tuple(param.shape)} has no {', '.join(missing)} any more: put it "
-            "back, or empty the whole entry to have it start anew"
-        )
-    for name in ("exp_avg", "exp_hessian"):
-        _check_shape(param, torch.as_tensor(state[name]).shape)
-    return state
 
 
 def _members(
@@ -281,7 +272,7 @@ def _members(
     for group in groups:
         members: dict[tuple[torch.device, torch.dtype], list[Member]] = defaultdict(list)
         for param in dict.fromkeys(group["params"]):
-            if _state_of(states, param):
+            if complete_state(states, param):
                 members[param.device, param.dtype].append(Member(param, index))
             elif param.grad is not None:
                 check_parameter(param)

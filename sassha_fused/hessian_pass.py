@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 NO_GRAPH = (
     "this is a Hessian step, and the gradients carry no graph to differentiate a second time. Ways out: run the second "
@@ -147,7 +148,8 @@ def warning_of_constants(nodes: Iterable[Any]) -> Iterator[None]:
     handles = [
         node.register_hook(functools.partial(_warn_of_constant, node))
         for node in nodes
-        if isinstance(node, BackwardCFunction)
+        # What a reentrant checkpoint does to its parameters is seen at these.
+        if isinstance(node, BackwardCFunction) and node._forward_cls is not CheckpointFunction  # type: ignore[attr-defined]
     ]
     try:
         yield

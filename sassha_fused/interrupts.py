@@ -34,7 +34,7 @@ class Weights(Protocol):
         ...
 
 
-# Those that are at w' are at w', and the handlers that wait until these are back.
+# Whose weights are at w'; and the users' handlers, which are set again once all weights are back at w.
 _away: weakref.WeakSet[Any] = weakref.WeakSet()
 _waiting: dict[int, Handler] = {}
 

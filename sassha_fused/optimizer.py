@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .checkpoint import AsSaved, check_and_protect, counts_of, with_plain_states
+from .checkpoint import AsSaved, check_and_protect, counts_of, initialises_state, with_plain_states
 from .checks import check_choice, check_groups, check_parameter, is_single, refuse_grad_scaler
-from .closures import refuse_accumulated, walk
+from .closures import ends_step, walk
 from .curvature.check import check_products
 from .curvature.exact import SOURCES
 from .flat import FlatState
-from .gradients import of_groups
-from .hessian_pass import GradientWatch, building_graphs, show_no_warning_of_cycles
+from .gradients import grads_of, mark_cleared, of_groups, refuse_accumulated
+from .hessian_pass import show_no_warning_of_cycles
 from .ops import check_backend
 from .run import Run
 from .step import Step
@@ -63,7 +63,7 @@ class FusedOptimizer(Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped because something in them was not finite."""
-        self._run.counts.settle()
+        self._run.counts.catch_up()
         return self._run.counts.skipped
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             TypeError, ValueError: the weights are at w' already; a gradient is sparse or of another shape, dtype or
-                device, or was used by the step before; a hyperparameter was edited to what it cannot be.
+                device, or was used by the step before; a hyperparameter was edited to a value that is refused.
         """
         under_way = self._run.step
         if under_way is not None:
@@ -88,7 +88,7 @@ class FusedOptimizer(Optimizer):
         Within it every ``loss.backward()`` builds the graph of its gradients, scaled_dot_product_attention runs by
         torch's own arithmetic and compiled models run uncompiled, both of which can be differentiated twice; and
         parameters outside the optimizer keep the gradients of the first pass. On other steps it does nothing.
-        Closures need no such thing: the optimizer runs them in it.
+        Closures need no hessian_pass(): the optimizer runs them in one.
         """
         run = self._run
         if not self.hessian_due:
@@ -96,11 +96,18 @@ class FusedOptimizer(Optimizer):
         elif run.step is not None:
             with run.step.gradients():
                 yield
-        else:  # rho is 0 in every group: this pass is the only one
-            if run.watch is None:
-                run.watch = GradientWatch(param for param in of_groups(self.param_groups) if param.requires_grad)
-            with building_graphs():
+        elif not is_single(self.param_groups):
+            yield  # a first pass, whose gradients perturb() takes without a graph
+        else:
+            with run.only_pass(self.param_groups):
                 yield
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, as in torch.optim."""
+        super().zero_grad(set_to_none)
+        if not set_to_none:
+            mark_cleared(of_groups(self.param_groups))
+        self._run.forget_watch()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -128,7 +135,7 @@ class FusedOptimizer(Optimizer):
             TypeError, ValueError: the closure is not callable or returns no scalar tensor; no perturb() came before,
                 though rho is not 0; a gradient is sparse or of another shape, dtype or device, was used already, or has
                 no graph on a Hessian step; gradients were accumulated that the closure's step would drop; a
-                hyperparameter was edited to what it cannot be. The weights are w.
+                hyperparameter was edited to a value that is refused. The weights are then at w.
         """
         if closure is not None and not callable(closure):
             raise TypeError(f"closure must be callable, got {closure!r}")
@@ -136,7 +143,7 @@ class FusedOptimizer(Optimizer):
         try:
             if "found_inf" in vars(self):
                 refuse_grad_scaler(self)
-            if closure is None or self._finishes_phases(closure):
+            if closure is None or (self.perturbed and ends_step(closure, of_groups(self.param_groups))):
                 self._finish()
                 return None
             if run.step is not None:
@@ -152,7 +159,7 @@ class FusedOptimizer(Optimizer):
         except BaseException as error:
             if run.step is not None:
                 run.step.give_up()
-            if isinstance(error, RuntimeError):  # torch's, where the closure has given the step up under its own feet
+            if isinstance(error, RuntimeError):  # torch's, where the closure has given up its own step
                 run.raise_given_up(error)
             raise
 
@@ -162,9 +169,9 @@ class FusedOptimizer(Optimizer):
         if run.step is not None:
             return run.step.finish()
         run.raise_given_up()
-        grads = [param.grad for param in of_groups(self.param_groups) if param.grad is not None]
-        if self._initialises_state(grads):
-            run.flat.select(self.param_groups, self.state, run.counts.settle)
+        grads = grads_of(of_groups(self.param_groups))
+        if initialises_state(self.param_groups, self.state, grads):
+            run.flat.select(self.param_groups, self.state, run.counts.catch_up)
             return
         if grads and not is_single(self.param_groups):
             rho = max(group["rho"] for group in self.param_groups)
@@ -175,32 +182,12 @@ class FusedOptimizer(Optimizer):
             )
         Step(run, self.param_groups, self.state).finish()
 
-    def _initialises_state(self, grads: list[Tensor]) -> bool:
-        """Whether torch.distributed.checkpoint has state made: by a step with lr 0 on gradients without a graph."""
-        return (
-            bool(grads)
-            and not self.state
-            and not any(grad.requires_grad for grad in grads)
-            and all(float(group["lr"]) == 0 for group in self.param_groups)
-        )
-
-    def _finishes_phases(self, closure: Callable[[], Any]) -> bool:
-        """Whether a step in phase style is finished by a call with a closure that does nothing, as Lightning makes."""
-        if not self.perturbed or all(param.grad is None for param in of_groups(self.param_groups)):
-            return False
-        if closure() is not None:
-            raise ValueError(
-                "step(closure) after perturb() and a second backward: the step under way would be dropped. Call "
-                "step() without a closure, or restore() and zero_grad() first"
-            )
-        return True
-
     @torch.no_grad()
     def check_products(self, closure: Callable[[], Tensor], tolerance: float = 0.1) -> dict[str, float]:
         """Compares one exact Hessian product with finite differences, to find operations that have no double backward.
 
         A custom ``torch.autograd.Function`` whose backward is a kernel counts as a constant under double backward: its
-        part of the Hessian is missing, and nothing else tells. Weights, gradients, state, random generators and
+        part of the Hessian is missing, and no error says so. Weights, gradients, state, random generators and
         batch-norm statistics are as before afterwards.
 
         Args:
@@ -256,7 +243,7 @@ class FusedOptimizer(Optimizer):
     def _publish_counts(self) -> None:
         """Writes the optimizer's own counts into the groups, where torch's state_dict has a place for them."""
         counts = self._run.counts
-        counts.settle()
+        counts.catch_up()
         for group in self.param_groups:
             group["steps"] = counts.steps
             group["hessian_evaluations"] = counts.evaluations

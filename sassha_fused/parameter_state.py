@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
+STATES = ("step", "hessian_step", "exp_avg", "exp_hessian")
+
 
 class Edits:
     """Whether somebody has edited the state of a parameter since it was laid out."""
@@ -36,3 +41,25 @@ def _noting(name: str) -> Callable[..., Any]:
 
 for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
     setattr(ParameterState, _name, _noting(_name))
+
+
+def check_shape(param: Tensor, shape: torch.Size) -> None:
+    """ValueError where a parameter has another shape than its state."""
+    if param.shape != shape:
+        raise ValueError(f"a parameter now has shape {tuple(param.shape)}, but its state has {tuple(shape)}")
+
+
+def complete_state(states: dict[Tensor, dict[str, Any]], param: Tensor) -> dict[str, Any]:
+    """What states holds of a parameter, beside what other people may have put there; nothing where it was emptied."""
+    state = states.get(param, {})
+    missing = [name for name in STATES if name not in state]
+    if len(missing) == len(STATES):
+        return {}
+    if missing:
+        raise ValueError(
+            f"opt.state of a parameter of shape {tuple(param.shape)} has no {', '.join(missing)} any more: put it "
+            "back, or empty the whole entry to have it start anew"
+        )
+    for name in ("exp_avg", "exp_hessian"):
+        check_shape(param, torch.as_tensor(state[name]).shape)
+    return state

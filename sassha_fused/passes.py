@@ -18,7 +18,7 @@ Products = Sequence[Sequence[Tensor]]
 
 def norm(selections: Sequence[Selection]) -> Tensor:
     """The norm of the gradients over all selections, a 0-d float64 tensor; refuses gradients that do not fit."""
-    with explained(selections):
+    with explaining_refusals(selections):
         norms = [
             selection.bucket.operators.grad_norm(selection.grads, selection.params, selection.group["adaptive"])
             for selection in selections
@@ -29,12 +29,12 @@ def norm(selections: Sequence[Selection]) -> Tensor:
 
 
 def perturb(selections: Sequence[Selection], moved: list[Selection]) -> Tensor:
-    """w -> w' in every bucket; returns N. What has moved stands in moved, also where a later bucket fails."""
-    # A pass over a single bucket measures the norm itself; of several, all are measured before one is written.
+    """w -> w' in every bucket; returns N. Lists what has moved in moved, also where a later bucket fails."""
+    # perturb_ takes the norm of a single bucket itself; of several, it is taken before any of them is written.
     measure = len(selections) == 1
     device = selections[0].bucket.device
     total = torch.empty((), dtype=torch.float64, device=device) if measure else norm(selections)
-    with explained(selections):
+    with explaining_refusals(selections):
         for selection in selections:
             group, bucket = selection.group, selection.bucket
             bucket.operators.perturb_(
@@ -77,32 +77,33 @@ def swap_with_backup(selections: Sequence[Selection]) -> None:
     forget_copies()
 
 
-def update(
-    selections: Sequence[Selection], products: Products, norm_of_first: Tensor | None, losses: Sequence[Tensor]
-) -> None:
-    """From w to the new weights in every bucket; what is wrong with a scalar is found before any bucket is written.
+def back_up(selections: Sequence[Selection]) -> None:
+    """backup <- w, where no perturbation did so."""
+    for selection in selections:
+        torch._foreach_copy_(selection.backups(), list(selection.params))
 
-    Where anything is not finite, nothing is written but that the step was skipped.
+
+def update(
+    selections: Sequence[Selection], products: Products, first_norm: Tensor, perturbed: bool, losses: Sequence[Tensor]
+) -> None:
+    """From w, as the backup has it, to the new weights in every bucket; wrong scalars are found before one is written.
+
+    Where anything is not finite, weights and averages stay as they are, and the step is marked as skipped.
 
     Args:
         products: the Hessian estimates of each selection; none on a lazy step.
-        norm_of_first: the norm of the gradients by which the weights were perturbed, whose backup holds w; None where
-            they were not.
+        first_norm: the norm of the first pass's gradients.
+        perturbed: whether these gradients are those of a second pass, which nobody has looked at yet.
         losses: of every pass.
     """
     lrs = [s.group["lr"] for s in selections if isinstance(s.group["lr"], Tensor)]
-    guards = [_guard(scalar) for scalar in (*losses, *lrs)]
-    # Of several buckets none may be written before all are known to be finite; one alone, update_ itself looks at.
-    look = norm_of_first is not None and len(selections) == 1
+    guards = [first_norm, *(_guard(scalar) for scalar in (*losses, *lrs))]
+    # Of several buckets none may be written before all are known to be finite; of a single one, update_ finds out.
+    look = perturbed and len(selections) == 1
     if not look:
-        guards.append(norm(selections))
+        guards += [norm(selections)] if perturbed else []
         guards += [s.bucket.operators.grad_norm(p, (), False) for s, p in zip(selections, products, strict=False)]
-    if norm_of_first is None:
-        for selection in selections:
-            torch._foreach_copy_(selection.backups(), list(selection.params))
-    else:
-        guards.append(norm_of_first)
-    with explained(selections):
+    with explaining_refusals(selections):
         updates = [
             _prepared_update(selection, products[i] if products else (), guards, look)
             for i, selection in enumerate(selections)
@@ -151,7 +152,7 @@ def _guard(scalar: Tensor) -> Tensor:
 
 
 @contextmanager
-def explained(selections: Sequence[Selection]) -> Iterator[None]:
+def explaining_refusals(selections: Sequence[Selection]) -> Iterator[None]:
     """Where an operator refuses its arguments, says which gradient or parameter it was, and why."""
     try:
         yield

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from .checks import AcceptedGroups, is_single
 from .counts import Counts
 from .flat import FlatState, Groups
 from .gradients import of_groups
-from .hessian_pass import GradientWatch
+from .hessian_pass import GradientWatch, building_graphs
 from .interrupts import uninterrupted
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Run:
 
     def is_scheduled(self, groups: Groups) -> bool:
         """Whether the coming step is a Hessian step by the schedule."""
-        steps = self.counts.settle()
+        steps = self.counts.catch_up()
         interval: int = groups[0]["hessian_interval"]
         return steps % interval == 0 or steps < groups[0]["hessian_warmup"]
 
@@ -78,6 +78,24 @@ class Run:
         single = is_single(groups)
         params = [p for p in of_groups(groups) if (p.requires_grad if single else p.grad is not None)]
         return self.flat.lacks_hessian(params)
+
+    @contextmanager
+    def only_pass(self, groups: Groups) -> Iterator[None]:
+        """Around the pass of a Hessian step that is not perturbed, before there is a step."""
+        if self.watch is None:
+            self.watch = GradientWatch(param for param in of_groups(groups) if param.requires_grad)
+        try:
+            with building_graphs():
+                yield
+        except BaseException:
+            self.forget_watch()
+            raise
+
+    def forget_watch(self) -> None:
+        """Takes off the hooks of an only pass whose gradients no step has used."""
+        if self.watch is not None:
+            self.watch.remove()
+            self.watch = None
 
     def raise_given_up(self, error: BaseException | None = None) -> None:
         """ValueError where somebody has given the step up that was under way."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from operator import attrgetter, is_
@@ -16,10 +16,15 @@ from .checks import values_of
 from .counts import StepTaken
 from .curvature.of_step import Curvature, release_graphs, take_products, under_way
 from .flat import Groups, Selection, States, with_gradients
+from .gradients import refuse_used
 from .hessian_pass import building_graphs, set_aside
 from .run import Run
 
-_grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
+_grad, _requires_grad, _version = attrgetter("grad"), attrgetter("requires_grad"), attrgetter("_version")
+
+
+def _versions_of(selections: Sequence[Selection]) -> list[int]:
+    return [version for selection in selections for version in map(_version, selection.params)]
 
 
 class Step:
@@ -91,7 +96,7 @@ class Step:
             if not self._moved:
                 return self.end()
             # Only now: the device has this step's first pass to work on while the host waits for the step before.
-            steps, first = run.counts.settle(), self.groups[0]
+            steps, first = run.counts.catch_up(), self.groups[0]
             scheduled = steps % first["hessian_interval"] == 0 or steps < first["hessian_warmup"]
             if scheduled or any(s.bucket.without_hessian and s.lacks_hessian() for s in self._moved):
                 self.expect_hessian()
@@ -102,10 +107,11 @@ class Step:
             selection.grads = ()
             for param in selection.params:
                 param.grad = None
-        self._versions = [selection.params[0]._version for selection in self._moved]
+        self._versions = _versions_of(self._moved)
 
     def _perturb(self, selections: list[Selection]) -> Tensor | None:
-        _refuse_used(selections, "perturb()")
+        if any(hasattr(selection.grads[0], "_used_in_version") for selection in selections):
+            refuse_used((selection.grads[0] for selection in selections), "perturb()")
         if not selections:
             return None
         try:
@@ -119,21 +125,21 @@ class Step:
         """What act makes of the parameters that have a gradient, where they are and as they are now."""
         flat, counts = self._run.flat, self._run.counts
         try:
-            return act(flat.select(self.groups, self._states, counts.settle))
+            return act(flat.select(self.groups, self._states, counts.catch_up))
         except (RuntimeError, TypeError, ValueError):
             if self._moved or not flat.laid_out or flat.is_current():
                 raise
         # A part of the model has moved to another device or dtype, and its state moves along.
         flat.forget()
-        return act(flat.select(self.groups, self._states, counts.settle))
+        return act(flat.select(self.groups, self._states, counts.catch_up))
 
     # ---------------------------------------------------------------- the way back
 
     def finish(self, losses: Sequence[Tensor] = ()) -> None:
         """From the gradients of the last pass to the new weights: Hessian products, checks, and the update."""
         self._check_groups()
-        selections = self._perturbed_and_back() if self._norm is not None else self._with_current(self._at_w)
-        if not selections:
+        selections = self._perturbed_and_back() if self._moved else self._with_current(self._at_w)
+        if not selections or self._norm is None:
             return self.end()
         if self.curvature is not None or len(under_way) > 1:
             take_products(self)
@@ -142,9 +148,12 @@ class Step:
             selections = [selection.with_grads(list(map(_grad, selection.params))) for selection in selections]
         products = self.curvature.products_of(selections) if self.curvature is not None else ()
         with self._run.uninterrupted:
-            self._put_back_all_but(selections)
+            if self._moved:
+                self._put_back_all_but(selections)
+            else:
+                passes.back_up(selections)
             try:
-                passes.update(selections, products, self._norm, losses)
+                passes.update(selections, products, self._norm, bool(self._moved), losses)
             except BaseException:
                 self.put_back(self._moved or selections)
                 self.perturbed = False
@@ -152,7 +161,8 @@ class Step:
                 self._run.flat.forget()
                 raise
             for selection in selections:
-                mark_used(selection.grads)
+                for grad in selection.grads:
+                    grad._used_in_version = grad._version  # type: ignore[union-attr]
                 selection.grads = ()
             self.count(StepTaken(selections[0].bucket.skipped, selections, bool(products)))
             self.perturbed = False
@@ -162,8 +172,15 @@ class Step:
         """The perturbed parameters that have a second gradient, with it."""
         if self.weights_were_written():
             raise ValueError(
-                "the weights were written between perturb() and step(), which would be lost: load or change weights "
-                "before perturb() or after step()"
+                "the weights were written between perturb() and step(), which takes its step from w, as it was before "
+                "perturb(): load or change weights before perturb() or after step()"
+            )
+        flat, states = self._run.flat, self._states.values()
+        untouched = not flat.edits.made and len(states) == len(flat.states) and all(map(is_, states, flat.states))
+        if not untouched and flat.is_replaced(self._states):
+            raise ValueError(
+                "opt.state was replaced between perturb() and step(), which would be lost: edit it before perturb() or "
+                "after step()"
             )
         selections = with_gradients(self._moved)
         if not selections:
@@ -175,9 +192,9 @@ class Step:
 
     def _at_w(self, selections: list[Selection]) -> list[Selection]:
         """The parameters that have a gradient of the only pass."""
-        _refuse_used(selections, "step()")
-        for selection in selections:
-            passes.norm([selection])  # refuses what does not fit, as where a part of the model has moved
+        refuse_used((selection.grads[0] for selection in selections), "step()")
+        # Refuses what does not fit, as where a part of the model has moved.
+        self._norm = passes.norm(selections) if selections else None
         due = self._run.is_scheduled(self.groups) or any(s.lacks_hessian() for s in selections)
         if selections and due and self.curvature is None:
             self.expect_hessian()
@@ -204,6 +221,7 @@ class Step:
             with self._run.uninterrupted:
                 if self.perturbed:  # not where a handler has raised, and so has left w
                     self.put_back(self._moved)
+                    self._versions = _versions_of(self._moved)
                 self.perturbed = False
             if over:
                 self.end()
@@ -220,8 +238,8 @@ class Step:
                 self.end()
 
     def weights_were_written(self) -> bool:
-        """Whether somebody has written into the weights since they are at w', as in loading a model."""
-        return self.perturbed and self._versions != [selection.params[0]._version for selection in self._moved]
+        """Whether somebody has written into the weights since this step moved them, as in loading a model."""
+        return self._versions != _versions_of(self._moved)
 
     def refuse_given_up(self) -> None:
         """ValueError where something that the closure called has given this step up."""
@@ -272,28 +290,3 @@ class Step:
         for selection in self._moved:
             if others := [i for i, param in enumerate(selection.params) if param not in updated]:
                 self.put_back([selection.at(others)])
-
-
-# A mark on the tensor itself: it ends with it, where an id or an address may be another tensor's next, and a weak
-# reference would keep torch from swapping the tensor.
-def mark_used(grads: Iterable[Tensor | None]) -> None:
-    """Remembers that a step has used these gradients as they now are."""
-    for grad in grads:
-        if grad is not None:
-            grad._used_in_version = grad._version  # type: ignore[attr-defined]
-
-
-def is_used(grad: Tensor) -> bool:
-    """Whether a step has used this gradient, and nobody has written into it since."""
-    used: bool = getattr(grad, "_used_in_version", None) == grad._version
-    return used
-
-
-def _refuse_used(selections: Sequence[Selection], call: str) -> None:
-    """ValueError where the gradients are those of the step before."""
-    for selection in selections:
-        if is_used(selection.grads[0]):
-            raise ValueError(
-                f"{call} found gradients that were used by the step before: a step() was called twice after one "
-                "perturb(), or zero_grad() and the backward of this step are missing"
-            )

@@ -32,7 +32,7 @@ inline void add_terms(double* lane, const P* g, const P* w, int64_t start) {
   for (int l = 0; l < kLanes; ++l) lane[l] += term<P, kAdaptive>(g, w, start + l);
 }
 
-// One block. Four places are read at once: a single stream of reads leaves much of the memory's bandwidth unused.
+// One block. Four places are read at once: reads in a single place leave much of the memory's bandwidth unused.
 template <class P, bool kAdaptive>
 SASSHA_CLONES double sum_of_squares(const P* g, const P* w, int64_t n) {
   double lane0[kLanes] = {}, lane1[kLanes] = {}, lane2[kLanes] = {}, lane3[kLanes] = {};

@@ -24,7 +24,7 @@ SASSHA_CLONES void expand_signs(const SignBlock& block, T* signs) {
   }
 }
 
-// Reads on through a stream of signs, and draws each block once, however short the runs.
+// Reads signs one run after another, and draws each block once, however short the runs.
 template <class T>
 class SignReader {
  public:

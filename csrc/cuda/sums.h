@@ -11,8 +11,7 @@
 namespace sassha::cuda {
 
 // Calls add(x, y) for this thread's elements: x of the first list, y of a second one, or x again where there is none.
-// Several loads are on their way before the first is used: one stream alone would not fill the memory's pipes
-// otherwise.
+// Several loads are on their way before the first is used: a single load would not fill the memory's pipes.
 template <class P, class AnyTable, class Add>
 __device__ __forceinline__ void for_each_element(const AnyTable& table, const Add& add) {
   constexpr bool kPairs = AnyTable::kListCount > 1;

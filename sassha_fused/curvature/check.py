@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch_norm import running_stats_held
+from ..batch_norm import running_stats_frozen
 from ..flat import Groups
 from ..gradients import name_of, of_groups
 from ..hessian_pass import building_graphs
@@ -24,7 +24,8 @@ _STEPS = (1e-2, 1e-3, 1e-4, 1e-5)
 def check_products(closure: Callable[[], Any], groups: Groups, tolerance: float) -> dict[str, float]:
     r"""The difference between Hz by double backward and :math:`(g(w + hz) - g(w - hz)) / 2h`, for each parameter.
 
-    Relative to the larger norm of the two, the least of several h.
+    Relative to the larger norm of the two, or to what is rounding beside the other parameters' products; the least of
+    several h.
 
     Raises:
         ValueError: naming the parameters where it exceeds tolerance.
@@ -33,7 +34,7 @@ def check_products(closure: Callable[[], Any], groups: Groups, tolerance: float)
     kept = [param.grad for param in params]
     weights = [param.detach().clone() for param in params]
     try:
-        with running_stats_held():
+        with running_stats_frozen():
             gradients = _gradients(closure, params, create_graph=True)
             reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
             signs = _signs(params)
@@ -46,21 +47,23 @@ def check_products(closure: Callable[[], Any], groups: Groups, tolerance: float)
             length = float(torch.stack([w.double().norm() for w in weights]).norm())
             probe = float(sum(z.numel() for z in signs)) ** 0.5
             differences = dict.fromkeys(reached, float("inf"))
+            noise = 0.0
             for step in _STEPS:
                 h = step * length / probe
                 ahead, behind = (_gradients(closure, _moved(params, weights, signs, s)) for s in (h, -h))
                 _moved(params, weights, signs, 0.0)
-                for i, product in zip(reached, exact, strict=True):
-                    found = (_or_zero(ahead[i], product) - _or_zero(behind[i], product)) / (2 * h)
-                    differences[i] = min(differences[i], _apart(product.double(), found))
+                found = [(_or_zero(ahead[i], z) - _or_zero(behind[i], z)) / (2 * h) for i, z in zip(reached, exact)]
+                noise = noise or max((_noise(product) for product in (*exact, *found)), default=0.0)
+                for i, product, difference in zip(reached, exact, found, strict=True):
+                    differences[i] = min(differences[i], _apart(product.double(), difference, noise))
     finally:
         with torch.no_grad():
             for param, weight, gradient in zip(params, weights, kept, strict=True):
                 param.copy_(weight)
                 param.grad = gradient
         forget_copies()
-    result = {name_of(params[i], groups): difference for i, difference in differences.items()}
-    wrong = [f"{name} ({difference:.2g})" for name, difference in result.items() if difference > tolerance]
+    names = {i: name_of(params[i], groups) for i in differences}
+    wrong = [f"{names[i]} ({difference:.2g})" for i, difference in differences.items() if difference > tolerance]
     if wrong:
         raise ValueError(
             f"exact Hessian products disagree with finite differences by more than {tolerance} of their norm at: "
@@ -68,7 +71,7 @@ def check_products(closure: Callable[[], Any], groups: Groups, tolerance: float)
             "not made of differentiable operations, such as a kernel in a torch.autograd.Function: write its backward "
             "with torch's operations, or mark it once_differentiable, which makes double backward an error"
         )
-    return result
+    return {names[i].strip("'"): difference for i, difference in differences.items()}
 
 
 def _gradients(closure: Callable[[], Any], params: Sequence[Tensor], create_graph: bool = False) -> list[Tensor | None]:
@@ -104,8 +107,13 @@ def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=torch.float64) if gradient is None else gradient.detach().double()
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
-    larger = max(float(one.norm()), float(other.norm()))
+def _noise(product: Tensor) -> float:
+    """A norm of which other products may be nothing but rounding, as that of a bias in front of a batch norm."""
+    return float(torch.finfo(product.dtype).eps) ** 0.5 * float(product.norm())
+
+
+def _apart(one: Tensor, other: Tensor, noise: float) -> float:
+    larger = max(float(one.norm()), float(other.norm()), noise)
     return float((one - other).norm()) / larger if larger > 0 else 0.0
 
 

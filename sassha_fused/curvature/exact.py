@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..hessian_pass import nodes_of
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,37 @@ def autograd_products(
     if not curved:
         return [torch.zeros_like(z) for z in signs]
     try:
-        return torch.autograd.grad(
-            [gradients[i] for i in curved],
-            params,
-            [signs[i] for i in curved],
-            retain_graph=keep_graph,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        _refuse_once_differentiable([gradients[i] for i in curved])
+        with _hooks_at_rest(params):
+            return torch.autograd.grad(
+                [gradients[i] for i in curved],
+                params,
+                [signs[i] for i in curved],
+                retain_graph=keep_graph,
+                allow_unused=True,
+                materialize_grads=True,
+            )
     except RuntimeError as error:
         raise RuntimeError(with_way_out(error)) from error
+
+
+@contextmanager
+def _hooks_at_rest(params: Sequence[Tensor]) -> Iterator[None]:
+    """Hooks of the user's change gradients, and their graph has them in it; products they would change once more."""
+    resting = [(hooks, dict(hooks)) for param in params if (hooks := param._backward_hooks)]
+    for hooks, _ in resting:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, entries in resting:
+            hooks.update(entries)
+
+
+def _refuse_once_differentiable(gradients: Sequence[Tensor]) -> None:
+    # Torch raises where it comes to such a node, which it does not on its way to inputs that are asked for by name.
+    if any(node.name() == "Error" or type(node).__name__ == "Error" for node in nodes_of(gradients)):
+        raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
 
 
 def with_way_out(error: RuntimeError) -> str:

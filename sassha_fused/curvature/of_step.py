@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import passes
 from ..flat import Groups, Selection, with_gradients
-from ..gradients import detach, name_of, of_groups
+from ..gradients import detach, is_graph_taken, name_of, of_groups, take_graphs
 from ..hessian_pass import (
     NO_GRAPH,
     GradientWatch,
@@ -67,9 +67,16 @@ class Curvature:
             yield
         detach(self._run.others)
 
+    def holds_weights_of(self, other: Step) -> bool:
+        """Whether the graph of gradients that wait for their products was built on the weights of the other."""
+        if not self._has_graphs():
+            return False
+        grads = [grad for selection in with_gradients(self.of) for grad in selection.grads]
+        return not set(of_groups(other.groups)).isdisjoint(leaves_of(nodes_of(grads)))
+
     def may_take(self) -> bool:
-        """Whether the gradients that are there tell the Hessian."""
-        return self._has_graphs() or (self._watch is not None and self._watch.saw_graph)
+        """Whether the gradients that are there tell the Hessian, or have told it to another optimizer's step."""
+        return self._taken or self._has_graphs() or (self._watch is not None and self._watch.saw_graph)
 
     def has_to_take(self) -> bool:
         """Whether the products were not taken, or not of the gradients that are there now."""
@@ -91,11 +98,12 @@ class Curvature:
                 self._refuse_lost_graphs(selections)
             self.number_evaluation()
             first = self._groups[0]
-            with passes.explained(selections), twice_differentiable():
+            with passes.explaining_refusals(selections), twice_differentiable():
                 products = estimate(
                     SOURCES[self._run.hvp], selections, first["hessian_samples"], first["seed"], keep_graph
                 )
         self.products, self._taken = products, True
+        self.end()
         self._took_part = [selection.with_grads(()) for selection in selections]
         return selections
 
@@ -116,6 +124,11 @@ class Curvature:
 
     def _refuse_lost_graphs(self, selections: Sequence[Selection]) -> None:
         grads = [(param, grad) for s in selections for param, grad in zip(s.params, s.grads, strict=True)]
+        if any(is_graph_taken(grad) for _, grad in grads):
+            raise ValueError(
+                "another optimizer's step has used and freed the graph of these gradients. Two optimizers of one loss: "
+                "call perturb() of both before the second backward, and step() of both after it"
+            )
         if not any(grad.requires_grad for _, grad in grads) and not (self._watch and self._watch.saw_graph):
             raise ValueError(NO_GRAPH)
         for param, grad in grads:
@@ -130,9 +143,10 @@ class Curvature:
                 )
 
     def end(self) -> None:
-        """The step is over: no hook stays."""
+        """The gradients have been used, or the step is over: no hook stays."""
         if self._watch is not None:
             self._watch.remove()
+            self._watch = None
 
 
 def take_products(first: Step) -> None:
@@ -142,7 +156,7 @@ def take_products(first: Step) -> None:
     """
     waiting = [first] if first.curvature and first.curvature.has_to_take() else []
     for other in list(under_way):
-        if other is not first and other.curvature and other.curvature.has_to_take() and other.curvature.may_take():
+        if other is not first and other.curvature and other.curvature.holds_weights_of(first):
             waiting.append(other)
     taken = [step.curvature.take(step is not waiting[-1]) for step in waiting if step.curvature]
     for step, selections in zip(waiting, taken, strict=True):
@@ -153,5 +167,5 @@ def release_graphs(step: Step, selections: Sequence[Selection]) -> None:
     """Lets go of the graph of a step's gradients, and of those that others have got of it."""
     nodes = nodes_of(grad for selection in selections for grad in selection.grads)
     awaited = _about(other for other in under_way if other is not step)
-    detach([leaf for leaf in leaves_of(nodes) if leaf not in awaited])
     detach(of_groups(step.groups))
+    take_graphs(leaf for leaf in leaves_of(nodes) if leaf not in awaited)

@@ -23,8 +23,8 @@ class Sassha(FusedOptimizer):
         m &\leftarrow \beta_1 m + (1 - \beta_1) \tilde g, \qquad c_1 = 1 - \beta_1^t \\
         w &\leftarrow w (1 - \eta \lambda) - \frac{\eta}{c_1} \frac{m}{(D / c_2)^\alpha + \epsilon}
 
-    Closure style, where the closure returns the loss and the optimizer runs every backward (a closure that also calls
-    ``loss.backward(create_graph=opt.hessian_due)`` works as well)::
+    Closure style, where the closure returns the loss and the optimizer runs every backward. A closure that calls
+    ``loss.backward()`` itself works as well, and needs no ``create_graph``::
 
         loss = opt.step(lambda: criterion(model(x), y))
 
@@ -32,11 +32,18 @@ class Sassha(FusedOptimizer):
 
         criterion(model(x), y).backward()
         opt.perturb()
-        criterion(model(x), y).backward(create_graph=opt.hessian_due)
+        with opt.hessian_pass():
+            criterion(model(x), y).backward()
         opt.step(); opt.zero_grad()
+
+    With ``rho`` 0 in every group :math:`w' = w`, and one pass is enough: the closure is called once, and a hand-written
+    loop leaves ``perturb()`` out.
 
     A step whose loss, gradients or Hessian products are not finite leaves no trace but in :attr:`skipped_steps`. A
     parameter without a gradient in either pass is not touched, and its counts stand still.
+
+    ``hessian_interval``, ``hessian_warmup``, ``hessian_samples`` and ``seed`` have one value for all groups; other
+    entries of a group may differ.
 
     Args:
         params: parameters or dicts of parameter groups; float64, float32, bfloat16 or float16, dense, real. State is
@@ -49,12 +56,12 @@ class Sassha(FusedOptimizer):
         adaptive: scale the perturbation by the weights (ASAM): :math:`N = \| |w| g \|_2`,
             :math:`w' = w + \rho w^2 g / N`.
         hessian_interval: k, steps from one Hessian evaluation to the next.
-        hessian_warmup: every step up to this one is a Hessian step.
+        hessian_warmup: so many steps at the start are all Hessian steps.
         hessian_samples: S, probes per evaluation.
         hessian_power: :math:`\alpha` in (0, 1].
         hvp: source of the Hessian products: ``"autograd"``, exact, by double backward.
         bias_correction: ``"step"`` as above, as published; ``"update"``: :math:`c_2 = 1 - \beta_2^n`, n counting the
-            Hessian updates.
+            Hessian updates; ``"none"``: :math:`c_1 = c_2 = 1`, as the authors' code for GPT-2.
         maximize: maximise the objective.
         seed: of the random signs, which depend on nothing else: not on device, backend or the global generators.
         backend: ``"auto"`` or a name from :func:`sassha_fused.available_backends`.

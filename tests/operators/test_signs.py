@@ -106,7 +106,7 @@ def test_signs_follow_the_memory_of_dense_tensors_and_the_rows_of_others(
     case = case.to("cpu")
     for z, index in zip(case.params, case.indices, strict=True):
         assert_same_bits(memory_order(z), signs(index, z.numel(), 5, 6, 7).to(dtype), "signs")
-    assert_untouched(case, before, but=("params",))
+    assert_untouched(case, before, except_for=("params",))
 
 
 @each_backend_with()

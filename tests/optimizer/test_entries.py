@@ -181,13 +181,13 @@ def test_copies_of_an_entry_are_plain_dicts() -> None:
 def test_a_silent_group_added_after_steps_leaves_the_others_on_their_course(backend: str, style: str) -> None:
     # Its gradients are zero, so that N is what it was; with S = 1 the signs it has taken part in drop out. All steps
     # are Hessian steps, since the first gradient of a group makes one of its step.
-    problem, alone = (Problem(backend, hessian_interval=1).train(2, style) for _ in range(2))
+    problem, undisturbed = (Problem(backend, hessian_interval=1).train(2, style) for _ in range(2))
     late = parameter(1.0, 2.0)
     problem.opt.add_param_group({"params": [late]})
-    assert_same(problem.snapshot()["state"], alone.snapshot()["state"])
+    assert_same(problem.snapshot()["state"], undisturbed.snapshot()["state"])
     STYLES[style](problem.opt, lambda: problem.loss() + 0 * late.sum())
     problem.steps += 1
-    expected = alone.train(1, style).snapshot()
+    expected = undisturbed.train(1, style).snapshot()
     assert_same(weights(problem.params), expected["weights"])
     state = problem.snapshot()["state"]
     assert_same({key: state[key] for key in range(4)}, expected["state"])

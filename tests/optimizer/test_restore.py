@@ -1,7 +1,11 @@
 """restore(): the weights are back bit for bit, and the step goes on or is given up."""
 
-import pytest
+from typing import Any
 
+import pytest
+import torch
+
+from sassha_fused import passes
 from tests.support.problems import (
     BACKENDS,
     Problem,
@@ -90,3 +94,33 @@ def test_a_graph_from_before_perturb_can_no_longer_be_used() -> None:
     problem.opt.restore()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         stale.backward()
+
+
+@both_backends
+def test_weights_that_were_written_after_restore_are_not_lost_without_a_word(backend: str) -> None:
+    problem = Problem(backend).train(1)
+    problem.perturb()
+    problem.loss().backward()
+    problem.opt.restore()
+    with torch.no_grad():
+        problem.params[1].clamp_(-0.1, 0.1)
+    written = weights(problem.params)
+    with pytest.raises(ValueError, match="weights were written"):
+        problem.opt.step()
+    assert_same(weights(problem.params), written)
+
+
+@both_backends
+def test_a_step_at_w_that_fails_before_its_update_leaves_the_weights(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem(backend, rho=0.0).train(4)
+    before = weights(problem.params)
+
+    def failing(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(passes, "update", failing)
+    with pytest.raises(MemoryError):
+        problem.step()
+    assert_same(weights(problem.params), before)

@@ -91,7 +91,7 @@ class Mixed(Problem):
         return super().loss() + (self.double**4).mean().float() + (self.bfloat**2).mean().float()
 
 
-class Alone(Problem):
+class OneBucket(Problem):
     """All parameters in one group: one bucket, for which the operators measure and check by themselves."""
 
     def __init__(self, backend: str) -> None:
@@ -101,7 +101,7 @@ class Alone(Problem):
 
 CASES = [
     (kind, spoiler, style, steps, bad_pass)
-    for kind in (Mixed, Alone)
+    for kind in (Mixed, OneBucket)
     for spoiler in SPOILERS
     for style in ("closure", "phase")
     for steps in (0, 1, 3)
@@ -141,7 +141,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(
 
 @both_backends
 @pytest.mark.parametrize("value", [NAN, INF])
-@pytest.mark.parametrize("kind", [Mixed, Alone])
+@pytest.mark.parametrize("kind", [Mixed, OneBucket])
 def test_a_learning_rate_tensor_into_which_what_is_not_finite_is_written_skips_the_step(
     backend: str, kind: type[Problem], value: float
 ) -> None:

@@ -25,9 +25,9 @@ if importlib.util.find_spec("triton") is not None:
     # On the CPU interpreted (conftest.py).
     BACKENDS["triton"] = "cuda" if torch.cuda.is_available() else "cpu"
     if BACKENDS["triton"] == "cpu":
-        from tests.support.interpreter import hasten
+        from tests.support.interpreter import speed_up_interpreter
 
-        hasten()
+        speed_up_interpreter()
 if torch.cuda.is_available():
     BACKENDS["cuda"] = "cuda"
 

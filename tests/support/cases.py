@@ -315,12 +315,12 @@ def assert_same_case(actual: Case, expected: Case) -> None:
             assert_same_bits(t, other, f"{name} {i}")
 
 
-def assert_untouched(after: Case, before: Case, *, but: Sequence[str] = ()) -> None:
+def assert_untouched(after: Case, before: Case, *, except_for: Sequence[str] = ()) -> None:
     """Of all memory, only the elements of the named arguments' parts may have changed."""
     for name, found in after.tensors().items():
         memory = torch.cat([bits(whole(t)) for t in found])
         changed = memory != torch.cat([bits(whole(t)) for t in before.tensors()[name]])
-        if name in but:
+        if name in except_for:
             changed &= ~torch.cat([_inside(t, after) for t in found])
         assert not changed.any(), f"{name}: {int(changed.sum())} elements changed that must not"
 

@@ -30,7 +30,7 @@ def check_perturb(
     exact = formula_perturb(w, before.in_order(before.grads), norm, rho, adaptive, maximize)
     assert_rounded(after.params, exact.w, exact.w_largest, ULPS)
     assert_same_bits(torch.cat(after.parts(after.backup)), w, "backup")
-    assert_untouched(after, before, but=("params", "backup"))
+    assert_untouched(after, before, except_for=("params", "backup"))
 
 
 def check_standstill(backend: str, before: Case, norm: float, measure: bool, adaptive: bool = False) -> None:
@@ -39,7 +39,7 @@ def check_standstill(backend: str, before: Case, norm: float, measure: bool, ada
     scalar = torch.tensor(norm, dtype=torch.float64, device=device_of(backend))
     run(backend, "perturb_", on, norm=scalar, measure=measure, adaptive=adaptive)
     after = on.to("cpu")
-    assert_untouched(after, before, but=("backup",))
+    assert_untouched(after, before, except_for=("backup",))
     assert_same_bits(torch.cat(after.parts(after.backup)), before.in_order(before.params), "backup")
     assert not math.isfinite(float(scalar))
 
@@ -69,7 +69,7 @@ def check_update(backend: str, before: Case, hessian: bool, lr_tensor: Tensor | 
     assert after.skipped.tolist() == [0]
     # On a lazy step not one bit of D may change.
     written = ("params", "exp_avg", "steps", "skipped") + (("exp_hessian",) if hessian else ())
-    assert_untouched(after, before, but=written)
+    assert_untouched(after, before, except_for=written)
 
 
 def check_skip(backend: str, before: Case, *guards: Tensor, hessian: bool = True, guard_grads: bool = False) -> None:
@@ -77,7 +77,7 @@ def check_skip(backend: str, before: Case, *guards: Tensor, hessian: bool = True
     restored = torch.cat([memory_order(w) for w in after.params])
     assert_same_bits(restored, torch.cat(before.parts(before.backup)), "w after a skipped step")
     assert after.skipped.tolist() == [1]
-    assert_untouched(after, before, but=("params", "skipped"))
+    assert_untouched(after, before, except_for=("params", "skipped"))
 
 
 def check_hutchinson(backend: str, before: Case, sample: int, samples: int) -> None:
@@ -90,7 +90,7 @@ def check_hutchinson(backend: str, before: Case, sample: int, samples: int) -> N
     if sample == samples - 1:
         exact, largest = exact / samples, largest / samples
     assert_rounded(after.parts(after.estimate), exact, largest, 2)
-    assert_untouched(after, before, but=("estimate",))
+    assert_untouched(after, before, except_for=("estimate",))
 
 
 def exact_norm(grads: Sequence[Tensor], params: Sequence[Tensor] | None = None) -> float:

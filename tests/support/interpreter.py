@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
-def hasten() -> None:
+def speed_up_interpreter() -> None:
     """Leaves out what the interpreter does again and again to no avail."""
     # Overflows are looked for, but told only in debug mode.
     builder = interpreter.interpreter_builder

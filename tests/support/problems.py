@@ -44,8 +44,8 @@ class Problem:
         return (self.model(self.inputs[batch]) - self.targets[batch]).square().mean()
 
     def step(self, style: str = "closure") -> Tensor:
-        """Takes a step in one of STYLES; returns its loss."""
-        loss = STYLES[style](self.opt, self.loss)
+        """Takes a step in one of ALL_STYLES; returns its loss."""
+        loss = ALL_STYLES[style](self.opt, self.loss)
         self.steps += 1
         return loss
 
@@ -148,6 +148,22 @@ STYLES: dict[str, Callable[[Sassha, Callable[[], Tensor]], Tensor]] = {
     "standard": standard_style,
     "phase": phase_style,
 }
+
+
+def hessian_pass_style(opt: Sassha, loss: Callable[[], Tensor]) -> Tensor:
+    """A hand-written loop whose second backward knows nothing of graphs."""
+    opt.zero_grad()
+    value = loss()
+    value.backward()
+    opt.perturb()
+    with opt.hessian_pass():
+        loss().backward()
+    opt.step()
+    return value.detach()
+
+
+# With the one that the optimizer helps with a context.
+ALL_STYLES = {**STYLES, "hessian_pass": hessian_pass_style}
 
 
 def single_threaded() -> Iterator[None]:

@@ -1,0 +1,169 @@
+"""Gradients that a closure's step would drop, and GradScaler: refused by name, and the optimizer works afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.support.kinds import assert_goes_on, refused
+from tests.support.problems import ALL_STYLES, Problem, assert_same, single_threaded
+
+one_thread = pytest.fixture(autouse=True)(single_threaded)
+closures = pytest.mark.parametrize("style", ["closure", "standard"])
+each_step = pytest.mark.parametrize("steps", [0, 1, 3], ids=["first", "lazy", "Hessian"])
+
+
+def a_micro_batch(problem: Problem) -> None:
+    problem.loss().backward()
+
+
+def with_a_graph(problem: Problem) -> None:
+    problem.loss().backward(create_graph=True)
+
+
+def assigned(problem: Problem) -> None:
+    problem.params[3].grad = torch.ones_like(problem.params[3])
+
+
+def on_top_of_the_last_step(problem: Problem) -> None:
+    problem.opt.zero_grad(set_to_none=False)
+    problem.loss().backward()
+
+
+WAYS = [a_micro_batch, with_a_graph, assigned, on_top_of_the_last_step]
+
+
+@closures
+@each_step
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_gradients_before_a_closures_step_are_refused(way: Callable[[Problem], None], steps: int, style: str) -> None:
+    problem = Problem().train(steps)
+    with refused(problem, r"found gradients that it would drop.*call opt.zero_grad\(\) before step\(closure\)"):
+        way(problem)
+        ALL_STYLES[style](problem.opt, problem.loss)
+    assert_goes_on(problem)
+
+
+@closures
+def test_gradients_on_top_of_those_of_a_step_are_refused(style: str) -> None:
+    problem = Problem().train(2)
+    with refused(problem, "found gradients that it would drop"):
+        problem.loss().backward()  # without zero_grad: added to what the step has left
+        ALL_STYLES[style](problem.opt, problem.loss)
+
+
+@pytest.mark.parametrize("before", ["closure", "standard", "phase", "hessian_pass"])
+@closures
+def test_a_steps_own_leftovers_are_not(style: str, before: str) -> None:
+    problem = Problem()
+    for _ in range(3):
+        problem.step(before)
+        problem.step(style)
+    assert_same(problem.snapshot(), Problem().train(6).snapshot())
+
+
+@closures
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_nor_are_those_of_zero_grad(set_to_none: bool, style: str) -> None:
+    problem = Problem()
+    for _ in range(4):
+        problem.loss().backward()
+        problem.opt.zero_grad(set_to_none)
+        problem.step(style)
+    assert_same(problem.snapshot(), Problem().train(4).snapshot())
+
+
+@closures
+def test_nor_are_those_of_a_skipped_step_or_of_one_that_raised(style: str) -> None:
+    problem = Problem().train(1)
+    problem.opt.step(lambda: problem.loss() * float("nan"))
+    problem.step(style)
+
+    def closure() -> torch.Tensor:
+        problem.loss().backward()
+        raise KeyError("as a loader does")
+
+    with pytest.raises(KeyError):
+        problem.opt.step(closure)
+    problem.step(style)
+    assert problem.opt.skipped_steps == 1
+    torch.testing.assert_close(problem.params, Problem().train(3).params, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GradScaler
+
+
+@each_step
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_grad_scaler_is_refused_by_name_on_any_step(graph: bool, unscale: bool, steps: int) -> None:
+    problem = Problem().train(steps)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with refused(problem, "GradScaler is not supported yet"):
+        problem.opt.zero_grad()
+        scaler.scale(problem.loss()).backward()
+        problem.opt.perturb()
+        scaler.scale(problem.loss()).backward(create_graph=graph or problem.opt.hessian_due)
+        if unscale:
+            scaler.unscale_(problem.opt)
+        scaler.step(problem.opt)
+    assert not {"grad_scale", "found_inf"} & set(vars(problem.opt))
+    assert_goes_on(problem)
+
+
+@each_step
+@pytest.mark.parametrize("unscale", [False, True])
+def test_without_perturb_too(unscale: bool, steps: int) -> None:
+    problem = Problem(rho=0.0).train(steps)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with refused(problem, "GradScaler is not supported yet"):
+        problem.opt.zero_grad()
+        scaler.scale(problem.loss()).backward(create_graph=problem.opt.hessian_due)
+        if unscale:
+            scaler.unscale_(problem.opt)
+        scaler.step(problem.opt)
+    assert_goes_on(problem, rho=0.0)
+
+
+@each_step
+def test_with_unscale_before_perturb(steps: int) -> None:
+    problem = Problem().train(steps)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with refused(problem, "GradScaler is not supported yet"):
+        problem.opt.zero_grad()
+        scaler.scale(problem.loss()).backward()
+        scaler.unscale_(problem.opt)
+        problem.opt.perturb()
+        scaler.scale(problem.loss()).backward(create_graph=problem.opt.hessian_due)
+        scaler.step(problem.opt)
+    assert_goes_on(problem)
+
+
+def test_an_overflow_is_refused_as_well_and_not_a_step() -> None:
+    problem = Problem().train(1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    with refused(problem, "GradScaler is not supported yet"):
+        problem.opt.zero_grad()
+        scaler.scale(problem.loss() * 1e5).backward()
+        problem.opt.perturb()
+        scaler.scale(problem.loss() * 1e5).backward()
+        scaler.step(problem.opt)
+    assert_goes_on(problem)
+
+
+def test_a_grad_scaler_that_is_off_changes_nothing() -> None:
+    problem, scaler = Problem(), torch.amp.GradScaler("cpu", enabled=False)
+    for _ in range(4):
+        problem.opt.zero_grad()
+        scaler.scale(problem.loss()).backward()
+        problem.opt.perturb()
+        with problem.opt.hessian_pass():
+            scaler.scale(problem.loss()).backward()
+        scaler.unscale_(problem.opt)
+        scaler.step(problem.opt)
+        scaler.update()
+        problem.steps += 1
+    assert_same(problem.snapshot(), Problem().train(4).snapshot())
