@@ -1,4 +1,7 @@
-"""pytest --costs: the CPU seconds of every folder and file of tests, their child processes' among them."""
+"""pytest --costs: the CPU seconds of every folder and file of tests, their child processes' among them.
+
+The environment variable SASSHA_COSTS names a file for those of every test.
+"""
 
 from __future__ import annotations
 
