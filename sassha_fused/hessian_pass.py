@@ -54,7 +54,7 @@ class GradientWatch:
 
     def _note_arrived(self, param: Tensor) -> None:
         # Not so where torch.autograd.grad has only asked for a gradient.
-        in_grad_mode, has_graph = self._coming.pop(param)
+        in_grad_mode, has_graph = self._coming.pop(param, (False, False))
         self._arrived.add(param)
         if not in_grad_mode:
             self._without_grad_mode.add(param)

@@ -82,8 +82,8 @@ class Run:
     @contextmanager
     def only_pass(self, groups: Groups) -> Iterator[None]:
         """Around the pass of a Hessian step that is not perturbed, before there is a step."""
-        if self.watch is None:
-            self.watch = GradientWatch(param for param in of_groups(groups) if param.requires_grad)
+        with self.uninterrupted:
+            self.watch = self.watch or GradientWatch(param for param in of_groups(groups) if param.requires_grad)
         try:
             with building_graphs():
                 yield
@@ -94,8 +94,9 @@ class Run:
     def forget_watch(self) -> None:
         """Takes off the hooks of an only pass whose gradients no step has used."""
         if self.watch is not None:
-            self.watch.remove()
-            self.watch = None
+            with self.uninterrupted:
+                self.watch.remove()
+                self.watch = None
 
     def raise_given_up(self, error: BaseException | None = None) -> None:
         """ValueError where somebody has given the step up that was under way."""

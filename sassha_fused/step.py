@@ -72,7 +72,8 @@ class Step:
 
     def make_curvature(self) -> None:
         """The coming pass is that of a Hessian step."""
-        self.curvature = Curvature(self._run, self.groups, self._moved)
+        with self._run.uninterrupted:
+            self.curvature = Curvature(self._run, self.groups, self._moved)
 
     @property
     def awaits_products(self) -> bool:
@@ -102,7 +103,7 @@ class Step:
             if not self._moved:
                 return self.end()
             # Only now: the device has this step's first pass to work on while the host waits for the step before.
-            steps, first = run.counts.catch_up(), self.groups[0]  # the schedule of Run, without its calls
+            steps, first = run.counts.catch_up(), self.groups[0]
             due = steps % first["hessian_interval"] == 0 or steps < first["hessian_warmup"]
             if due or any(s.bucket.without_hessian and s.lacks_hessian() for s in self._moved):
                 self.make_curvature()
@@ -274,8 +275,7 @@ class Step:
     def back_at_w(self) -> Iterator[None]:
         """While the handler of a signal runs, which may save a checkpoint, the weights are w; afterwards w' again."""
         if not self.perturbed:
-            yield
-            return
+            return (yield)
         try:
             with self._run.uninterrupted:  # a second signal may come
                 passes.swap_with_backup(self._moved)

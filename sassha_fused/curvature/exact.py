@@ -56,9 +56,9 @@ def autograd_products(
 def _hooks_at_rest(params: Sequence[Tensor]) -> Iterator[None]:
     """Hooks of the user's change gradients, and their graph has them in it; products they would change once more."""
     resting = [(hooks, dict(hooks)) for param in params if (hooks := param._backward_hooks)]
-    for hooks, _ in resting:
-        hooks.clear()
     try:
+        for hooks, _ in resting:
+            hooks.clear()
         yield
     finally:
         for hooks, entries in resting:

@@ -105,21 +105,22 @@ class Curvature:
         Raises:
             ValueError: a gradient has no graph, and is not known to be that of a parameter that enters linearly.
         """
-        selections = with_gradients(self.of)
-        products: passes.Products = ()
-        if self._run.is_scheduled(self._groups) or any(s.lacks_hessian() for s in selections):
-            if SOURCES[self._run.hvp].needs_graph:
-                self._refuse_lost_graphs(selections)
-            self.number_evaluation()
-            first = self._groups[0]
-            with passes.explaining_refusals(selections), twice_differentiable():
-                products = estimate(
-                    SOURCES[self._run.hvp], selections, first["hessian_samples"], first["seed"], keep_graph
-                )
-        self.products, self.taken = products, True
-        self.end()
-        self._took_part = [selection.with_grads(()) for selection in selections]
-        return selections
+        with self._run.uninterrupted:  # hooks are moved about
+            selections = with_gradients(self.of)
+            products: passes.Products = ()
+            if self._run.is_scheduled(self._groups) or any(s.lacks_hessian() for s in selections):
+                if SOURCES[self._run.hvp].needs_graph:
+                    self._refuse_lost_graphs(selections)
+                self.number_evaluation()
+                first = self._groups[0]
+                with passes.explaining_refusals(selections), twice_differentiable():
+                    products = estimate(
+                        SOURCES[self._run.hvp], selections, first["hessian_samples"], first["seed"], keep_graph
+                    )
+            self.products, self.taken = products, True
+            self.end()
+            self._took_part = [selection.with_grads(()) for selection in selections]
+            return selections
 
     def number_evaluation(self) -> None:
         """Tells the devices the index of this Hessian evaluation, on which the random signs depend."""

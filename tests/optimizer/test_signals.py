@@ -25,6 +25,7 @@ import sassha_fused
 from sassha_fused.interrupts import uninterrupted
 from tests.support.problems import STYLES, Problem, assert_differ, assert_same, backward, undisturbed, weights
 
+pytestmark = pytest.mark.slow  # at every line of the package, in every style
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 
 
