@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -107,15 +108,28 @@ class _Backward(TorchFunctionMode):
             return func(*args, **{**(kwargs or {}), "create_graph": True})
 
 
+# Both settings are the process's: the first to come makes them, the last to go, of any thread, undoes them.
+_settings, _inside, _lock = ExitStack(), 0, threading.Lock()
+
+
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Attention by torch's own arithmetic, and compiled models as written: both can be differentiated twice."""
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        # Only where somebody has compiled something: the first import of torch._dynamo takes seconds.
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    global _inside
+    with _lock:
+        if _inside == 0:
+            _settings.enter_context(sdpa_kernel(SDPBackend.MATH))
+            # Only where somebody has compiled something: the first import of torch._dynamo takes seconds.
+            if "torch._dynamo" in sys.modules:
+                _settings.enter_context(torch.compiler.set_stance("force_eager"))
+        _inside += 1
+    try:
         yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                _settings.close()
 
 
 @contextmanager

@@ -98,6 +98,7 @@ def test_optimizers_in_threads_know_nothing_of_each_other() -> None:
     train("alone")
     assert_same(ends["one"], ends["alone"])
     assert_same(ends["two"], ends["alone"])
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
 def test_an_optimizer_that_is_dropped_at_perturbed_weights_leaves_no_hooks() -> None:
