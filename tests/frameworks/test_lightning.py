@@ -11,6 +11,8 @@ from torch import Tensor
 from sassha_fused import Sassha
 from tests.support.kinds import Net, assert_states_close, reference_of
 
+pytestmark = pytest.mark.slow
+
 lightning = pytest.importorskip("lightning", reason="lightning is not installed (requirements-dev.txt, frameworks)")
 
 

@@ -12,6 +12,8 @@ from sassha_fused import Sassha
 from tests.support.kinds import assert_states_close
 from tests.support.problems import ALL_STYLES
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed (requirements-dev.txt, frameworks)"
 )

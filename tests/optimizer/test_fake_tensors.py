@@ -14,6 +14,8 @@ from sassha_fused import Sassha, ops
 from sassha_fused.curvature import exact
 from tests.support.problems import BACKENDS, STYLES, Problem
 
+pytestmark = pytest.mark.slow
+
 # Of the kernels, none is started: where tensors are fake, nothing is launched.
 FAKED = [*BACKENDS, *(["triton"] if ops.BACKENDS["triton"].missing() is None else [])]
 

@@ -25,8 +25,8 @@ def test_hessian_due_says_at_every_point_whether_a_graph_is_needed(backend: str)
         assert (opt.hessian_due, opt.perturbed) == (due, True)
         backward(problem.loss(), create_graph=due)
         assert (opt.hessian_due, opt.perturbed) == (due, True)
-        opt.restore()
-        assert (opt.hessian_due, opt.perturbed) == (due, False)
+        opt.restore()  # which has taken the products
+        assert (opt.hessian_due, opt.perturbed) == (False, False)
         opt.step()
         problem.steps += 1
 

@@ -7,6 +7,8 @@ import torch
 
 from sassha_fused import __main__, __version__, eager, ops, selftest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:

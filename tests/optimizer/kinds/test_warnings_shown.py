@@ -13,6 +13,8 @@ from torch import Tensor
 from tests.support.kinds import all_styles
 from tests.support.problems import ALL_STYLES, Problem, single_threaded
 
+pytestmark = pytest.mark.slow
+
 one_thread = pytest.fixture(autouse=True)(single_threaded)
 
 
