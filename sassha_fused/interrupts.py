@@ -62,8 +62,10 @@ class uninterrupted:
         self._arrived[number] = frame
 
     def __exit__(self, *_: object) -> None:
-        handlers = {number: _waiting.get(number, h) if h is _handle_at_w else h for number, h in self._handlers.items()}
-        own = {number: h for number, h in handlers.items() if h is not signal.default_int_handler}
+        handlers, own = self._handlers, {}
+        if len(handlers) > 1 or signal.default_int_handler not in handlers.values():
+            handlers = {number: _waiting.get(number, h) if h is _handle_at_w else h for number, h in handlers.items()}
+            own = {number: h for number, h in handlers.items() if h is not signal.default_int_handler}
         if own or (_away and self._handlers):  # other threads leave the handlers alone
             weights: Any = self._weights()
             (_away.add if weights.perturbed else _away.discard)(weights)
@@ -71,9 +73,10 @@ class uninterrupted:
                 _waiting.update(own)
                 handlers.update(dict.fromkeys(own, _handle_at_w))
         _set_all(handlers, handlers)
-        with ExitStack() as arrived:  # which runs them all, also where one raises
-            for number, frame in reversed(self._arrived.items()):
-                arrived.callback(handlers[number], number, frame)
+        if self._arrived:
+            with ExitStack() as arrived:  # which runs them all, also where one raises
+                for number, frame in reversed(self._arrived.items()):
+                    arrived.callback(handlers[number], number, frame)
 
 
 def _set_all(handlers: dict[int, Handler], otherwise: dict[int, Handler]) -> None:

@@ -20,11 +20,12 @@ from .gradients import refuse_used
 from .hessian_pass import building_graphs, set_aside
 from .run import Run
 
-_grad, _requires_grad, _version = attrgetter("grad"), attrgetter("requires_grad"), attrgetter("_version")
+_grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
 
 
 def _versions_of(selections: Sequence[Selection]) -> list[int]:
-    return [version for selection in selections for version in map(_version, selection.params)]
+    # Two of each bucket: to ask all takes a tenth of a lazy step, and who loads or clips weights writes all.
+    return [param._version for selection in selections for param in (selection.params[0], selection.params[-1])]
 
 
 class Step:
@@ -168,8 +169,7 @@ class Step:
                 self._run.flat.forget()
                 raise
             for selection in selections:
-                for grad in selection.grads:
-                    grad._used_in_version = grad._version  # type: ignore[union-attr]
+                selection.grads[0]._used_in_version = selection.grads[0]._version  # type: ignore[union-attr]
                 selection.grads = ()
             self.count(StepTaken(selections[0].bucket.skipped, selections, bool(products)))
             self.perturbed = False
