@@ -169,10 +169,10 @@ class Step:
                 self._run.flat.forget()
                 raise
             for selection in selections:
-                selection.grads[0]._used_in_version = selection.grads[0]._version  # type: ignore[union-attr]
+                for grad in selection.grads:
+                    grad._used_in_version = grad._version  # type: ignore[union-attr]
                 selection.grads = ()
             self.count(StepTaken(selections[0].bucket.skipped, selections, bool(products)))
-            self.perturbed = False
             self.end()
 
     def _perturbed_and_back(self) -> list[Selection]:
@@ -260,11 +260,11 @@ class Step:
     def end_keeping_weights(self) -> None:
         """The step is over, and the weights stay as they are."""
         with self._run.uninterrupted:
-            self.perturbed = False
             self.end()
 
     def end(self) -> None:
-        """The step is over."""
+        """The step is over, wherever the weights are."""
+        self.perturbed = False
         if self.curvature is not None:
             self.curvature.end()
         at_w_prime.steps.discard(self)
