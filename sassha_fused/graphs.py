@@ -46,7 +46,7 @@ class _RecordedStep(Step):
         super().__init__(run, groups, states)
         self.taken: StepTaken | None = None
 
-    def expect_hessian(self) -> None:
+    def make_curvature(self) -> None:
         self.curvature = _RecordedCurvature(self._run, self.groups, self._moved)
 
     def count(self, taken: StepTaken) -> None:

@@ -67,9 +67,14 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PlaybackGraph]]:
         for bucket in buckets:
             live += [bucket.exp_avg, bucket.exp_hessian, bucket.backup, bucket.counts, bucket.skipped]
         before = [tensor.detach().clone() for tensor in live]
+        numbers = [bucket.evaluation for bucket in buckets]
+        for number in numbers:
+            number.fill_(-1)
         PlaybackGraph.capturing = True
         try:
             yield
+            # Each replay has a number of its own: one that was recorded would give all replays the same signs.
+            assert all(number == -1 for number in numbers)
         finally:
             PlaybackGraph.capturing = False
             with torch.no_grad():
