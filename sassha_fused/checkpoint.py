@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .checks import check_groups, check_same_corrections
+from .counts import Counts
 from .parameter_state import STATES
 
 
@@ -45,6 +46,15 @@ def check_and_protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[
 def with_plain_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The states as dicts of Python's own, which note no edits and which torch.load reads with weights_only."""
     return {**state_dict, "state": {key: dict(state) for key, state in state_dict["state"].items()}}
+
+
+def publish_counts(groups: list[dict[str, Any]], counts: Counts) -> None:
+    """Writes the optimizer's own counts into the groups, where torch's state_dict has a place for them."""
+    counts.catch_up()
+    for group in groups:
+        group["steps"] = counts.steps
+        group["hessian_evaluations"] = counts.evaluations
+        group["skipped_steps"] = counts.skipped
 
 
 def counts_of(groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> tuple[int, int, int]:

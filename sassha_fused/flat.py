@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
-from operator import attrgetter, is_, is_not
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -15,13 +14,12 @@ from torch import Tensor
 from .checks import check_gradients, check_parameter
 from .layout import state_dtype, view_of
 from .ops import Operators, operators
-from .parameter_state import Edits, ParameterState, check_shape, complete_state
+from .parameter_state import States, check_shape, complete_state
 
 # The state of a parameter starts at a multiple of this many elements: 256 bytes in the narrowest dtype.
 ALIGNMENT = 128
 
 Groups = Sequence[dict[str, Any]]
-States = dict[Tensor, dict[str, Any]]
 
 _grad = attrgetter("grad")
 
@@ -149,13 +147,11 @@ def with_gradients(selections: Sequence[Selection]) -> list[Selection]:
     """What of these selections has a gradient now, with it."""
     found = []
     for selection in selections:
-        grads = list(map(_grad, selection.params))
-        if not all(map(is_not, grads, repeat(None))):
-            present = [i for i, grad in enumerate(grads) if grad is not None]
-            if not present:
-                continue
-            selection, grads = selection.at(present), [grads[i] for i in present]
-        found.append(selection.with_grads(grads))
+        grads = [grad for grad in map(_grad, selection.params) if grad is not None]
+        if len(grads) < len(selection.params):
+            selection = selection.at([i for i, param in enumerate(selection.params) if param.grad is not None])
+        if grads:
+            found.append(selection.with_grads(grads))
     return found
 
 
@@ -172,7 +168,6 @@ class FlatState:
 
     Attributes:
         buckets: where the state lies.
-        states: the entries of opt.state as they were when it was laid out, and edits whether somebody has edited one.
         laid_out: whether it lies as groups and states asked for when it was last looked at.
     """
 
@@ -184,10 +179,8 @@ class FlatState:
     def forget(self) -> None:
         """Lays the state out anew when it is next needed, from what opt.state then holds."""
         self.laid_out = False
-        self.edits = Edits()
         self._stateless: list[Tensor] = []
         self._params: list[list[Tensor]] = []
-        self.states: list[dict[str, Any]] = []
 
     def select(self, groups: Groups, states: States, catch_up: Callable[[], int]) -> list[Selection]:
         """The parameters that have a gradient, by bucket; the first gradient gives a parameter its state.
@@ -207,9 +200,8 @@ class FlatState:
         """Whether a parameter waits for its state, or someone has edited the groups, their parameters or the states."""
         return (
             not self.laid_out
-            or self.edits.made
+            or states.edits.made
             or any(param.grad is not None for param in self._stateless)
-            or not _same(list(states.values()), self.states)
             or len(groups) != len(self._params)
             or not all(_same(group["params"], params) for group, params in zip(groups, self._params, strict=True))
             or not all(bucket.is_current(bucket.telling) and bucket.is_current(0) for bucket in self.buckets)
@@ -241,12 +233,11 @@ class FlatState:
                 states that someone has edited is incomplete or of another shape than its parameter.
         """
         known = {p: row not in b.without_hessian for b in self.buckets for row, p in enumerate(b.params)}
-        edited = self.edits.made
+        edited = states.edits.made
         made: list[Bucket] = []
         stateless: list[Tensor] = []
         for group, members in _members(groups, states, stateless):
             made.append(Bucket(group, members, [complete_state(states, m.param) for m in members], self.backend))
-        self.edits = Edits()
         for bucket in made:
             for row, param in enumerate(bucket.params):
                 old = complete_state(states, param)
@@ -254,13 +245,10 @@ class FlatState:
                 had = known.get(param) if not edited else None
                 if old and (int(old["hessian_step"]) > 0 if had is None else had):
                     bucket.without_hessian.discard(row)
-        for bucket in made:
-            for row, param in enumerate(bucket.params):
-                states[param] = ParameterState({**states.get(param, {}), **bucket.state_of(row)}, self.edits)
+        states.lay_out({p: bucket.state_of(row) for bucket in made for row, p in enumerate(bucket.params)})
         self.buckets = made
         self._stateless = stateless
         self._params = [list(group["params"]) for group in groups]
-        self.states = list(states.values())
         self.laid_out = True
 
 

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from .closures import walk
 from .counts import StepTaken
 from .curvature.of_step import Curvature
-from .flat import Bucket, Groups, Selection, States
+from .flat import Bucket, Groups, Selection
 from .gradients import of_groups
 from .optimizer import FusedOptimizer
 from .run import Run
@@ -42,8 +42,8 @@ class _RecordedStep(Step):
         taken: what each replay does to the counts.
     """
 
-    def __init__(self, run: Run, groups: Groups, states: States) -> None:
-        super().__init__(run, groups, states)
+    def __init__(self, run: Run, groups: Groups) -> None:
+        super().__init__(run, groups)
         self.taken: StepTaken | None = None
 
     def make_curvature(self) -> None:
@@ -153,7 +153,7 @@ class GraphedStep:
         optimizer = self._optimizer
         self._find_device()
         graph = torch.cuda.CUDAGraph()
-        step = _RecordedStep(optimizer._run, optimizer.param_groups, optimizer.state)
+        step = _RecordedStep(optimizer._run, optimizer.param_groups)
         try:
             # The outer context sees to it that a capture that fails does not leave its stream the current one.
             with (

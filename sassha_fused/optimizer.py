@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .checkpoint import AsSaved, check_and_protect, counts_of, initialises_state, with_plain_states
+from .checkpoint import AsSaved, check_and_protect, counts_of, initialises_state, publish_counts, with_plain_states
 from .checks import check_choice, check_groups, check_parameter, is_single, refuse_grad_scaler
 from .closures import ends_step, walk
 from .curvature.check import check_products
@@ -19,6 +19,7 @@ from .flat import FlatState
 from .gradients import grads_of, mark_cleared, of_groups, refuse_accumulated
 from .hessian_pass import show_no_warning_of_cycles
 from .ops import check_backend
+from .parameter_state import States
 from .run import Run
 from .step import Step
 
@@ -79,7 +80,7 @@ class FusedOptimizer(Optimizer):
             if step.perturbed:
                 raise ValueError("perturb() called twice: call step(), or restore() to give the step up")
             step.end()
-        Step.take_in_first_gradients(self._run, self.param_groups, self.state)
+        Step.take_in_first_gradients(self._run, self.param_groups)
 
     @contextmanager
     def hessian_pass(self) -> Iterator[None]:
@@ -150,7 +151,7 @@ class FusedOptimizer(Optimizer):
                 run.step.give_up()
             params = of_groups(self.param_groups)
             refuse_accumulated(params)
-            step = Step(run, self.param_groups, self.state)
+            step = Step(run, self.param_groups)
             try:
                 return walk(step, closure, params)
             except BaseException:
@@ -180,7 +181,7 @@ class FusedOptimizer(Optimizer):
                 "step() a closure, or call perturb() after the first backward and run a second one; or set rho to 0 in "
                 "every group, and one pass is enough"
             )
-        Step(run, self.param_groups, self.state).finish()
+        Step(run, self.param_groups).finish()
 
     @torch.no_grad()
     def check_products(self, closure: Callable[[], Tensor], tolerance: float = 0.1) -> dict[str, float]:
@@ -206,6 +207,15 @@ class FusedOptimizer(Optimizer):
 
     # ---------------------------------------------------------------- groups and state
 
+    @property
+    def state(self) -> States:
+        """What torch's own optimizers have there: for each parameter its state by name, as views of flat buffers."""
+        return self._run.states
+
+    @state.setter
+    def state(self, entries: dict[Tensor, dict[str, Any]]) -> None:
+        self._run.states = States(entries)
+
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, at any time; its parameters come last in the order of the random signs."""
@@ -218,7 +228,7 @@ class FusedOptimizer(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self._publish_counts()
+        publish_counts(self.param_groups, self._run.counts)
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -227,7 +237,7 @@ class FusedOptimizer(Optimizer):
         Between perturb() and step() the weights go back to w, and the step is given up: the next step() says so.
         """
         self._leave_step("state_dict()")
-        self._publish_counts()
+        publish_counts(self.param_groups, self._run.counts)
         # Registered first, so that the user's hooks see what torch.load reads with weights_only.
         handle = self.register_state_dict_post_hook(with_plain_states, prepend=True)
         try:
@@ -239,15 +249,6 @@ class FusedOptimizer(Optimizer):
         """Where state is asked for between the passes, that is of w."""
         if self.perturbed:
             self._run.step.give_up(because)  # type: ignore[union-attr]
-
-    def _publish_counts(self) -> None:
-        """Writes the optimizer's own counts into the groups, where torch's state_dict has a place for them."""
-        counts = self._run.counts
-        counts.catch_up()
-        for group in self.param_groups:
-            group["steps"] = counts.steps
-            group["hessian_evaluations"] = counts.evaluations
-            group["skipped_steps"] = counts.skipped
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -272,7 +273,7 @@ class FusedOptimizer(Optimizer):
     @torch.no_grad()
     def __getstate__(self) -> dict[str, Any]:
         self._leave_step("a copy of the optimizer")
-        self._publish_counts()
+        publish_counts(self.param_groups, self._run.counts)
         return {**super().__getstate__(), "_flat_state": (self._run.flat.backend, self._run.hvp)}
 
     @torch.no_grad()
@@ -280,6 +281,7 @@ class FusedOptimizer(Optimizer):
         if "_flat_state" in state:  # a copy, or what was pickled
             backend, hvp = state.pop("_flat_state")
             self._run = Run(FlatState(backend), hvp)
+        self.state = state.pop("state")
         super().__setstate__(state)
         for param, saved in self.state.items():
             if isinstance(saved, AsSaved):
@@ -292,7 +294,7 @@ class FusedOptimizer(Optimizer):
         if run.step is not None:
             run.step.end()
         run.counts.set(*counts_of(self.param_groups, self.state))
-        self._publish_counts()
+        publish_counts(self.param_groups, self._run.counts)
         run.flat.forget()
         run.flat.buckets = []
         run.flat.lay_out(self.param_groups, self.state)

@@ -1,8 +1,9 @@
-"""What opt.state holds for a parameter, and how the flat state learns that somebody has edited it."""
+"""opt.state and what it holds for a parameter, and how the flat state learns that somebody has edited them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ STATES = ("step", "hessian_step", "exp_avg", "exp_hessian")
 
 
 class Edits:
-    """Whether somebody has edited the state of a parameter since it was laid out."""
+    """Whether somebody has edited the state since it was laid out."""
 
     def __init__(self) -> None:
         self.made = False
@@ -21,26 +22,45 @@ class Edits:
 class ParameterState(dict[str, Any]):
     """``opt.state[p]``: a dict that notes when its owner edits it. Copies and pickles are plain dicts."""
 
-    def __init__(self, entries: dict[str, Any], edits: Edits) -> None:
+    def __init__(self, entries: Mapping[str, Any], edits: Edits) -> None:
         super().__init__(entries)
-        self._edits = edits
+        self.edits = edits
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)
 
 
-def _noting(name: str) -> Callable[..., Any]:
-    edit = getattr(dict, name)
+class States(defaultdict[Tensor, dict[str, Any]]):
+    """``opt.state``: a defaultdict that notes when its owner edits it. Copies and pickles are plain ones."""
 
-    def noted(self: ParameterState, *arguments: Any, **named: Any) -> Any:
-        self._edits.made = True
+    def __init__(self, entries: Mapping[Tensor, dict[str, Any]]) -> None:
+        super().__init__(dict, entries)
+        self.edits = Edits()
+        self.edits.made = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return defaultdict, (dict, dict(self))
+
+    def lay_out(self, laid_out: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Takes in the views of these parameters, beside what somebody else has put there; notes edits from now on."""
+        self.edits = Edits()
+        for param, views in laid_out.items():
+            super().__setitem__(param, ParameterState({**self.get(param, {}), **views}, self.edits))
+
+
+def _noting(of: type, name: str) -> Callable[..., Any]:
+    edit = getattr(of, name)
+
+    def noted(self: Any, *arguments: Any, **named: Any) -> Any:
+        self.edits.made = True
         return edit(self, *arguments, **named)
 
     return noted
 
 
 for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
-    setattr(ParameterState, _name, _noting(_name))
+    setattr(ParameterState, _name, _noting(dict, _name))
+    setattr(States, _name, _noting(defaultdict, _name))
 
 
 def check_shape(param: Tensor, shape: torch.Size) -> None:

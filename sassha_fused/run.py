@@ -15,6 +15,7 @@ from .flat import FlatState, Groups
 from .gradients import of_groups
 from .hessian_pass import GradientWatch, building_graphs
 from .interrupts import uninterrupted
+from .parameter_state import States
 
 if TYPE_CHECKING:
     from .step import Step
@@ -29,6 +30,7 @@ class Run:
 
     Attributes:
         flat: where the state lies.
+        states: opt.state.
         hvp: the name of the source of Hessian products.
         step: the step under way.
         given_up: what ended the step under way before its time, until step() has said so.
@@ -39,6 +41,7 @@ class Run:
     flat: FlatState
     hvp: str
     counts: Counts = field(default_factory=Counts)
+    states: States = field(default_factory=lambda: States({}))
     accepted: AcceptedGroups = field(default_factory=AcceptedGroups)
     step: Step | None = None
     given_up: str | None = None

@@ -15,7 +15,7 @@ from . import passes
 from .checks import values_of
 from .counts import StepTaken
 from .curvature.of_step import Curvature, at_w_prime, release_graphs, take_products
-from .flat import Groups, Selection, States, with_gradients
+from .flat import Groups, Selection, with_gradients
 from .gradients import refuse_used
 from .hessian_pass import building_graphs, set_aside
 from .run import Run
@@ -41,10 +41,10 @@ class Step:
         curvature: the Hessian's part, where the pass that comes next is that of a Hessian step.
     """
 
-    def __init__(self, run: Run, groups: Groups, states: States) -> None:
+    def __init__(self, run: Run, groups: Groups) -> None:
         # Weakly: run owns the step, and an optimizer that is dropped at w' takes its step along.
         self._run: Run = weakref.proxy(run)
-        self.groups, self._states = groups, states
+        self.groups = groups
         self._check_groups()
         self._single = run.accepted.single
         self.perturbed = False
@@ -55,9 +55,9 @@ class Step:
         run.step, run.given_up = self, None
 
     @classmethod
-    def take_in_first_gradients(cls, run: Run, groups: Groups, states: States) -> None:
+    def take_in_first_gradients(cls, run: Run, groups: Groups) -> None:
         """Makes the step whose first gradients are in .grad, and takes it to w'."""
-        cls(run, groups, states).perturb()
+        cls(run, groups).perturb()
 
     def _check_groups(self) -> None:
         accepted, values = self._run.accepted, [value for group in self.groups for value in values_of(group)]
@@ -131,15 +131,15 @@ class Step:
 
     def _with_current(self, act: Callable[[list[Selection]], Any]) -> Any:
         """What act makes of the parameters that have a gradient, where they are and as they are now."""
-        flat, counts = self._run.flat, self._run.counts
+        run, flat = self._run, self._run.flat
         try:
-            return act(flat.select(self.groups, self._states, counts.catch_up))
+            return act(flat.select(self.groups, run.states, run.counts.catch_up))
         except (RuntimeError, TypeError, ValueError):
             if self._moved or not flat.laid_out or flat.is_current():
                 raise
         # A part of the model has moved to another device or dtype, and its state moves along.
         flat.forget()
-        return act(flat.select(self.groups, self._states, counts.catch_up))
+        return act(flat.select(self.groups, run.states, run.counts.catch_up))
 
     # ---------------------------------------------------------------- the way back
 
@@ -182,9 +182,8 @@ class Step:
                 "the weights were written between perturb() and step(), which takes its step from w, as it was before "
                 "perturb(): load or change weights before perturb() or after step()"
             )
-        flat, states = self._run.flat, self._states.values()
-        untouched = not flat.edits.made and len(states) == len(flat.states) and all(map(is_, states, flat.states))
-        if not untouched and flat.is_replaced(self._states):
+        states = self._run.states
+        if states.edits.made and self._run.flat.is_replaced(states):
             raise ValueError(
                 "opt.state was replaced between perturb() and step(), which would be lost: edit it before perturb() or "
                 "after step()"
