@@ -8,7 +8,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from .gradients import grads_of, mark_used
+from .gradients import mark_droppable
 from .step import Step
 
 Closure = Callable[[], Tensor]
@@ -27,7 +27,7 @@ def walk(step: Step, closure: Closure, params: Sequence[Tensor]) -> Tensor:
         if not step.arrive():
             break
     step.finish(losses)
-    mark_used(grads_of(params))  # also those that took no part: the next step drops them
+    mark_droppable(params)
     return losses[0]
 
 

@@ -37,6 +37,7 @@ class Bucket:
 
     Attributes:
         exp_avg, exp_hessian: m and D, in float64 for float64 parameters, else float32.
+        norm: 0-d, in float64, where perturb_ puts the norm of the first gradients.
         backup: w while the parameters are at w', in their dtype.
         counts: int64 ``[len(params), 2]``, the rows (step, hessian_step), on the device.
         skipped: int64 ``[1]``, 1 where the last update skipped a non-finite step.
@@ -58,6 +59,7 @@ class Bucket:
         self.exp_avg = torch.zeros(total, dtype=state_dtype(first), device=first.device)
         self.exp_hessian = torch.zeros_like(self.exp_avg)
         self.backup = torch.zeros(total, dtype=first.dtype, device=first.device)
+        self.norm = torch.zeros((), dtype=torch.float64, device=first.device)
         self.counts = torch.zeros((len(members), 2), dtype=torch.int64, device=first.device)
         self.skipped = torch.zeros(1, dtype=torch.int64, device=first.device)
         self.evaluation = torch.zeros((), dtype=torch.int64, device=first.device)
@@ -204,7 +206,7 @@ class FlatState:
             or any(param.grad is not None for param in self._stateless)
             or len(groups) != len(self._params)
             or not all(_same(group["params"], params) for group, params in zip(groups, self._params, strict=True))
-            or not all(bucket.is_current(bucket.telling) and bucket.is_current(0) for bucket in self.buckets)
+            or not all(bucket.is_current(bucket.telling) for bucket in self.buckets)
         )
 
     def is_current(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from .flat import Groups
+from .flat import Groups, Selection
 
 
 def of_groups(groups: Groups) -> list[Tensor]:
@@ -49,47 +49,32 @@ def is_graph_taken(grad: Tensor) -> bool:
     return getattr(grad, "_graph_taken", False)
 
 
-# A mark on the tensor itself: it ends with it, where an id or an address may be another tensor's next, and a weak
-# reference would keep torch from swapping the tensor.
-def mark_used(grads: Iterable[Tensor]) -> None:
-    """Remembers that a step has used these gradients as they now are."""
-    for grad in grads:
-        grad._used_in_version = grad._version  # type: ignore[attr-defined]
-
-
-def is_used(grad: Tensor) -> bool:
-    """Whether a step has used this gradient, and nobody has written into it since."""
-    used: bool = getattr(grad, "_used_in_version", None) == grad._version
-    return used
-
-
-def mark_cleared(params: Iterable[Tensor]) -> None:
-    """Remembers that the gradients of these are 0, cleared in place, and that nothing is lost with them."""
-    for grad in grads_of(params):
-        grad._cleared_in_version = grad._version  # type: ignore[attr-defined]
-
-
-def _is_cleared(grad: Tensor) -> bool:
-    cleared: bool = getattr(grad, "_cleared_in_version", None) == grad._version
-    return cleared
-
-
-def refuse_used(grads: Iterable[Tensor], call: str) -> None:
-    """ValueError where one of these was used by the step before."""
-    if any(map(is_used, grads)):
+# Marks on the tensor itself: they end with it, where an id or an address may be another tensor's next, and a weak
+# reference would keep torch from swapping the tensor. Each holds for the version that it was made in.
+def refuse_used(selections: Iterable[Selection], call: str) -> None:
+    """ValueError where these were used by the step before: of each bucket the first tells for all."""
+    firsts = [selection.grads[0] for selection in selections]
+    if any(getattr(grad, "_used_in_version", None) == grad._version for grad in firsts):
         raise ValueError(
             f"{call} found gradients that were used by the step before: a step() was called twice after one perturb(), "
             "or zero_grad() and the backward of this step are missing"
         )
 
 
+def mark_droppable(params: Iterable[Tensor]) -> None:
+    """Remembers that nothing is lost with the gradients of these: a closure's own, or cleared in place."""
+    for param in params:
+        if (grad := param.grad) is not None:
+            grad._droppable_in_version = grad._version  # type: ignore[attr-defined]
+
+
 def refuse_accumulated(params: Iterable[Tensor]) -> None:
     """ValueError where somebody has left gradients that a closure's step would drop."""
-    for grad in grads_of(params):
-        if not is_used(grad) and not _is_cleared(grad):
+    for param in params:
+        if (grad := param.grad) is not None and getattr(grad, "_droppable_in_version", None) != grad._version:
             raise ValueError(
                 "step(closure) found gradients that it would drop: of a backward outside the closure, as in gradient "
-                "accumulation, which is not supported yet, or left by another optimizer's step. Have the closure "
-                "return the sum of the losses of all micro-batches; or, if these gradients are not needed, call "
-                "opt.zero_grad() before step(closure)"
+                "accumulation, which is not supported yet, or left by a step without a closure, this optimizer's or "
+                "another's. Have the closure return the sum of the losses of all micro-batches; or, if these gradients "
+                "are not needed, call opt.zero_grad() before step(closure)"
             )

@@ -55,7 +55,9 @@ class uninterrupted:
         self._handlers: dict[int, Handler] = {}
         # Elsewhere Python runs no handlers, and lets none be set.
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: handler for number in _SIGNALS if callable(handler := getsignal(number))}
+            for number in _SIGNALS:
+                if callable(handler := getsignal(number)):
+                    self._handlers[number] = handler
             _set_all(dict.fromkeys(self._handlers, self._hold), self._handlers)
 
     def _hold(self, number: int, frame: FrameType | None) -> None:

@@ -16,7 +16,7 @@ from .closures import ends_step, walk
 from .curvature.check import check_products
 from .curvature.exact import SOURCES
 from .flat import FlatState
-from .gradients import grads_of, mark_cleared, of_groups, refuse_accumulated
+from .gradients import grads_of, mark_droppable, of_groups, refuse_accumulated
 from .hessian_pass import show_no_warning_of_cycles
 from .ops import check_backend
 from .parameter_state import States
@@ -107,7 +107,7 @@ class FusedOptimizer(Optimizer):
         """Clears the gradients, as in torch.optim."""
         super().zero_grad(set_to_none)
         if not set_to_none:
-            mark_cleared(of_groups(self.param_groups))
+            mark_droppable(of_groups(self.param_groups))
         self._run.forget_watch()
 
     @torch.no_grad()

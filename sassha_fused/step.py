@@ -119,7 +119,7 @@ class Step:
 
     def _perturb(self, selections: list[Selection]) -> Tensor | None:
         if any(hasattr(selection.grads[0], "_used_in_version") for selection in selections):
-            refuse_used((selection.grads[0] for selection in selections), "perturb()")
+            refuse_used(selections, "perturb()")
         if not selections:
             return None
         try:
@@ -169,8 +169,8 @@ class Step:
                 self._run.flat.forget()
                 raise
             for selection in selections:
-                for grad in selection.grads:
-                    grad._used_in_version = grad._version  # type: ignore[union-attr]
+                first = selection.grads[0]
+                first._used_in_version = first._version  # type: ignore[union-attr]
                 selection.grads = ()
             self.count(StepTaken(selections[0].bucket.skipped, selections, bool(products)))
             self.end()
@@ -198,7 +198,7 @@ class Step:
 
     def _at_w(self, selections: list[Selection]) -> list[Selection]:
         """The parameters that have a gradient of the only pass."""
-        refuse_used((selection.grads[0] for selection in selections), "step()")
+        refuse_used(selections, "step()")
         # Refuses what does not fit, as where a part of the model has moved.
         self._norm = passes.norm(selections) if selections else None
         due = self._run.is_scheduled(self.groups) or any(s.lacks_hessian() for s in selections)

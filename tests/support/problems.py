@@ -44,7 +44,8 @@ class Problem:
         return (self.model(self.inputs[batch]) - self.targets[batch]).square().mean()
 
     def step(self, style: str = "closure") -> Tensor:
-        """Takes a step in one of ALL_STYLES; returns its loss."""
+        """Takes a step in one of ALL_STYLES, as in a loop; returns its loss."""
+        self.opt.zero_grad()
         loss = ALL_STYLES[style](self.opt, self.loss)
         self.steps += 1
         return loss

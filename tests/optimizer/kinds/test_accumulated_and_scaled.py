@@ -54,14 +54,24 @@ def test_gradients_on_top_of_those_of_a_step_are_refused(style: str) -> None:
         ALL_STYLES[style](problem.opt, problem.loss)
 
 
-@pytest.mark.parametrize("before", ["closure", "standard", "phase", "hessian_pass"])
+@pytest.mark.parametrize("before", ["closure", "standard"])
 @closures
-def test_a_steps_own_leftovers_are_not(style: str, before: str) -> None:
+def test_those_that_a_closure_has_left_are_dropped(style: str, before: str) -> None:
     problem = Problem()
-    for _ in range(3):
-        problem.step(before)
-        problem.step(style)
+    for one in (before, style) * 3:
+        ALL_STYLES[one](problem.opt, problem.loss)
+        problem.steps += 1
     assert_same(problem.snapshot(), Problem().train(6).snapshot())
+
+
+@pytest.mark.parametrize("before", ["phase", "hessian_pass"])
+@closures
+def test_those_of_a_step_without_a_closure_are_its_callers(style: str, before: str) -> None:
+    problem = Problem().train(2, before)
+    with refused(problem, r"left by a step without a closure.*opt.zero_grad\(\)"):
+        ALL_STYLES[style](problem.opt, problem.loss)
+    problem.opt.zero_grad()
+    ALL_STYLES[style](problem.opt, problem.loss)
 
 
 @closures

@@ -216,7 +216,7 @@ def test_what_another_closure_left_is_refused_and_not_dropped() -> None:
     one, two = two_of(net, {}, {})
     one.step(net.loss)
     before = weights(net.parameters())
-    with pytest.raises(ValueError, match="left by another optimizer's step"):
+    with pytest.raises(ValueError, match="left by a step without a closure, this optimizer's or another's"):
         two.step(net.loss)
     assert_same(weights(net.parameters()), before)
 

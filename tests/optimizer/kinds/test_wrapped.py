@@ -153,6 +153,7 @@ def test_a_batch_norm_helped_through_the_wrapper(wrapper: str) -> None:
         opt = WRAPPERS[wrapper](inner) if wrap else inner
         running_stats_once(net, opt)
         for style in (*ALL_STYLES, *ALL_STYLES):
+            opt.zero_grad()
             ALL_STYLES[style](opt, net.loss)
         results.append([*weights(net.parameters()), *weights(net.buffers())])
     assert_same(*results)
