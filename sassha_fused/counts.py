@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,11 @@ class Counts:
     def count(self, taken: StepTaken) -> None:
         """Counts a step as soon as the counts are needed, when it is known whether the device skipped it."""
         self._counts = (*self._counts[:3], (Flag(taken.skipped), taken))
+
+    def next_is_scheduled(self, group: dict[str, Any]) -> bool:
+        """Whether the coming step is a Hessian step by the schedule, which all groups share."""
+        steps = self.catch_up()
+        return steps % int(group["hessian_interval"]) == 0 or steps < group["hessian_warmup"]
 
     def catch_up(self) -> int:
         """Counts the last step, for which it waits until the device is through with it; returns T."""

@@ -192,7 +192,8 @@ class FlatState:
         outdated = self.is_outdated(groups, states)
         selections = [] if outdated else with_gradients([bucket.everything for bucket in self.buckets])
         # The operators find what does not go with the first of their parameters, but not that this one has changed.
-        if outdated or not all(selection.bucket.is_current(selection.rows[0]) for selection in selections):
+        first_known = all(s.rows[0] == s.bucket.telling or s.bucket.is_current(s.rows[0]) for s in selections)
+        if outdated or not first_known:
             catch_up()
             self.lay_out(groups, states)
             selections = with_gradients([bucket.everything for bucket in self.buckets])

@@ -29,19 +29,18 @@ def name_of(param: Tensor, groups: Groups) -> str:
     raise KeyError("not a parameter of these groups")
 
 
-def detach(params: Iterable[Tensor]) -> None:
-    """Lets go of the graphs of their gradients, which form cycles with the parameters."""
-    for param in params:
-        if param.grad is not None and param.grad.requires_grad:
-            param.grad = param.grad.detach()
+def detach(params: Iterable[Tensor]) -> list[Tensor]:
+    """Lets go of the graphs of their gradients, which form cycles with the parameters; returns those that had one."""
+    holding = [param for param in params if param.grad is not None and param.grad.requires_grad]
+    for param in holding:
+        param.grad = param.grad.detach()  # type: ignore[union-attr]
+    return grads_of(holding)
 
 
 def take_graphs(params: Iterable[Tensor]) -> None:
     """Lets go of the graphs of gradients that somebody else may still have to use, and marks these."""
-    for param in params:
-        if param.grad is not None and param.grad.requires_grad:
-            param.grad = param.grad.detach()
-            param.grad._graph_taken = True  # type: ignore[attr-defined]
+    for grad in detach(params):
+        grad._graph_taken = True  # type: ignore[attr-defined]
 
 
 def is_graph_taken(grad: Tensor) -> bool:

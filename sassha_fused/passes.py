@@ -97,13 +97,13 @@ def update(
     lrs = [s.group["lr"] for s in selections if isinstance(s.group["lr"], Tensor)]
     guards = [first_norm, *(_guard(scalar) for scalar in (*losses, *lrs))]
     # Of several buckets none may be written before all are known to be finite; of a single one, update_ finds out.
-    look = perturbed and len(selections) == 1
-    if not look:
+    guard_grads = perturbed and len(selections) == 1
+    if not guard_grads:
         guards += [norm(selections)] if perturbed else []
         guards += [s.bucket.operators.grad_norm(p, (), False) for s, p in zip(selections, products, strict=False)]
     with explaining_refusals(selections):
         updates = [
-            _prepared_update(selection, products[i] if products else (), guards, look)
+            _prepared_update(selection, products[i] if products else (), guards, guard_grads)
             for i, selection in enumerate(selections)
         ]
         for selection, run in zip(selections, updates, strict=True):

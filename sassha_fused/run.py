@@ -65,18 +65,12 @@ class Run:
         """While the handler of a signal runs the weights are w; afterwards they are where they were."""
         return nullcontext() if self.step is None else self.step.back_at_w()
 
-    def is_scheduled(self, groups: Groups) -> bool:
-        """Whether the coming step is a Hessian step by the schedule."""
-        steps = self.counts.catch_up()
-        interval: int = groups[0]["hessian_interval"]
-        return steps % interval == 0 or steps < groups[0]["hessian_warmup"]
-
     def hessian_is_coming(self, groups: Groups) -> bool:
         """Whether the coming step is a Hessian step, as far as can be told before its first pass.
 
         Of a step that is not perturbed the first pass is the only one, and any trained parameter may get a gradient.
         """
-        if self.is_scheduled(groups):
+        if self.counts.next_is_scheduled(groups[0]):
             return True
         single = is_single(groups)
         params = [p for p in of_groups(groups) if (p.requires_grad if single else p.grad is not None)]

@@ -104,8 +104,7 @@ class Step:
             if not self._moved:
                 return self.end()
             # Only now: the device has this step's first pass to work on while the host waits for the step before.
-            steps, first = run.counts.catch_up(), self.groups[0]
-            due = steps % first["hessian_interval"] == 0 or steps < first["hessian_warmup"]
+            due = run.counts.next_is_scheduled(self.groups[0])
             if due or any(s.bucket.without_hessian and s.lacks_hessian() for s in self._moved):
                 self.make_curvature()
             for selection in self._moved:
@@ -201,7 +200,7 @@ class Step:
         refuse_used(selections, "step()")
         # Refuses what does not fit, as where a part of the model has moved.
         self._norm = passes.norm(selections) if selections else None
-        due = self._run.is_scheduled(self.groups) or any(s.lacks_hessian() for s in selections)
+        due = self._run.counts.next_is_scheduled(self.groups[0]) or any(s.lacks_hessian() for s in selections)
         if selections and due and self.curvature is None:
             self.make_curvature()
         if self.curvature is not None:
@@ -291,7 +290,7 @@ class Step:
 
     def _put_back_all_but(self, selections: Sequence[Selection]) -> None:
         """Restores what was perturbed and has no second gradient; the update restores the others itself."""
-        if sum(len(s.params) for s in selections) == sum(len(s.params) for s in self._moved):
+        if [len(s.params) for s in selections] == [len(s.params) for s in self._moved]:
             return
         updated = {param for selection in selections for param in selection.params}
         for selection in self._moved if self.perturbed else ():

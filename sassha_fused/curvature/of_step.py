@@ -108,7 +108,7 @@ class Curvature:
         with self._run.uninterrupted:  # hooks are moved about
             selections = with_gradients(self.of)
             products: passes.Products = ()
-            if self._run.is_scheduled(self._groups) or any(s.lacks_hessian() for s in selections):
+            if self._run.counts.next_is_scheduled(self._groups[0]) or any(s.lacks_hessian() for s in selections):
                 if SOURCES[self._run.hvp].needs_graph:
                     self._refuse_lost_graphs(selections)
                 self.number_evaluation()
