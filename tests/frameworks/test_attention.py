@@ -96,6 +96,7 @@ def compiled(backend: str, style: str) -> None:
     assert_states_close(*trained(net, style, loss), *trained(plain, "closure"), 1e-10)
 
 
+@pytest.mark.slow
 @helped
 def test_a_compiled_model(style: str) -> None:
     compiled("aot_eager", style)

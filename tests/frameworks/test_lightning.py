@@ -13,10 +13,14 @@ from tests.support.kinds import Net, assert_states_close, reference_of
 
 pytestmark = pytest.mark.slow
 
-lightning = pytest.importorskip("lightning", reason="lightning is not installed (requirements-dev.txt, frameworks)")
+
+@pytest.fixture(scope="module")
+def lightning() -> Any:
+    """Not imported before it is needed: that takes seconds."""
+    return pytest.importorskip("lightning", reason="lightning is not installed (requirements-dev.txt, frameworks)")
 
 
-def module_of(net: Net) -> Any:
+def module_of(net: Net, lightning: Any) -> Any:
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -34,9 +38,9 @@ def module_of(net: Net) -> Any:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("clip", [None, 1e9], ids=["plain", "clipped"])
-def test_automatic_optimization_is_the_reference_run(clip: float | None, tmp_path: Any) -> None:
+def test_automatic_optimization_is_the_reference_run(lightning: Any, clip: float | None, tmp_path: Any) -> None:
     net, other = Net(), Net()
-    module = module_of(net)
+    module = module_of(net, lightning)
     trainer = lightning.Trainer(
         max_steps=5,
         accelerator="cpu",

@@ -14,12 +14,16 @@ from tests.support.problems import ALL_STYLES
 
 pytestmark = pytest.mark.slow
 
-transformers = pytest.importorskip(
-    "transformers", reason="transformers is not installed (requirements-dev.txt, frameworks)"
-)
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    """Not imported before it is needed: that takes seconds."""
+    return pytest.importorskip(
+        "transformers", reason="transformers is not installed (requirements-dev.txt, frameworks)"
+    )
 
 
-def trained(attention: dict[str, str], style: str) -> tuple[list[Any], Sassha]:
+def trained(transformers: Any, attention: dict[str, str], style: str) -> tuple[list[Any], Sassha]:
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         n_layer=2, n_head=2, n_embd=16, vocab_size=31, n_positions=12, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
@@ -38,6 +42,8 @@ def trained(attention: dict[str, str], style: str) -> tuple[list[Any], Sassha]:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("style", ["closure", "standard", "hessian_pass"])
-def test_default_attention_takes_exact_products(style: str) -> None:
+def test_default_attention_takes_exact_products(transformers: Any, style: str) -> None:
     # transformers sums the loss in float32, whatever the model's dtype.
-    assert_states_close(*trained({}, style), *trained({"attn_implementation": "eager"}, "closure"), 1e-4)
+    assert_states_close(
+        *trained(transformers, {}, style), *trained(transformers, {"attn_implementation": "eager"}, "closure"), 1e-4
+    )

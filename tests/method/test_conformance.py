@@ -121,6 +121,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.slow
 @each_backend_and("options", OTHERS, OTHERS[:2])
 def test_float64_trajectory_is_that_of_the_reference_at_other_hyperparameters(
     backend: str, options: dict[str, Any]
@@ -160,6 +161,7 @@ def test_float64_trajectory_is_that_of_the_reference_where_parameters_come_and_g
     check_trajectory(backend, groups, options, expected, Dropping)
 
 
+@pytest.mark.slow
 @each_quick_backend
 @settings(max_examples=6)
 @given(

@@ -106,6 +106,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.slow
 @both_backends
 @pytest.mark.parametrize("correction", ["step", "update", "none"])
 @pytest.mark.parametrize("stop", range(8))
@@ -342,6 +343,7 @@ def test_8_both_kinds_of_closure_work_and_return_the_first_loss(backend: str) ->
 # 10
 
 
+@pytest.mark.slow
 @both_backends
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_10_weights_are_bitwise_unchanged_by_a_thousand_perturbations(backend: str, dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
 from sassha_fused.checks import BIAS_CORRECTIONS
@@ -72,6 +73,7 @@ def test_backends_estimate_to_the_same_bits(backend: str, dtype: torch.dtype, sp
 
 
 # Only these ask how much there is to write.
+@pytest.mark.slow
 @each_of(name for name in ("cpu", "cuda") if name in BACKENDS)
 @each_dtype
 def test_writes_too_large_for_the_caches_are_the_same_writes(backend: str, dtype: torch.dtype) -> None:
@@ -127,6 +129,7 @@ def test_the_number_of_threads_changes_no_bit_of_a_long_tensor(backend: str, dty
 
 
 # The baseline leaves the threads to torch, whatever the list.
+@pytest.mark.slow
 @each_backend_with(
     without=[BASELINE, *SLOW],
     specs=("every size at every alignment", "every layout", "many tensors"),

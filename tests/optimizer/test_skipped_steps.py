@@ -112,7 +112,7 @@ CASES = [
 ]
 
 
-@both_backends
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind, spoiler, style, steps, bad_pass", CASES)
 def test_a_step_that_is_not_finite_leaves_no_trace(
     backend: str, kind: type[Problem], spoiler: str, style: str, steps: int, bad_pass: int

@@ -118,6 +118,7 @@ def test_without_perturbation_one_pass_by_hand_is_a_step_with_a_closure(backend:
     assert_same(by_hand.snapshot(), closure.snapshot())
 
 
+@pytest.mark.slow
 def test_closure_style_shows_no_warning_about_graphs() -> None:
     code = (
         "from tests.support.problems import Problem\n"

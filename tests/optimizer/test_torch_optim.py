@@ -199,6 +199,7 @@ def test_the_backends_agree_over_seven_steps_and_bit_for_bit_up_to_float32(dtype
         assert_same(states[0], states[1])
 
 
+@pytest.mark.slow
 @both_backends
 def test_a_large_tensor_is_stepped_as_its_pieces_are(backend: str) -> None:
     n, pieces = 3_000_003, 7
