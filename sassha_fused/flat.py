@@ -182,6 +182,7 @@ class FlatState:
         """Lays the state out anew when it is next needed, from what opt.state then holds."""
         self.laid_out = False
         self._stateless: list[Tensor] = []
+        self._groups: list[dict[str, Any]] = []
         self._params: list[list[Tensor]] = []
 
     def select(self, groups: Groups, states: States, catch_up: Callable[[], int]) -> list[Selection]:
@@ -192,8 +193,7 @@ class FlatState:
         outdated = self.is_outdated(groups, states)
         selections = [] if outdated else with_gradients([bucket.everything for bucket in self.buckets])
         # The operators find what does not go with the first of their parameters, but not that this one has changed.
-        first_known = all(s.rows[0] == s.bucket.telling or s.bucket.is_current(s.rows[0]) for s in selections)
-        if outdated or not first_known:
+        if outdated or not all(s.rows[0] == 0 or s.bucket.is_current(s.rows[0]) for s in selections):
             catch_up()
             self.lay_out(groups, states)
             selections = with_gradients([bucket.everything for bucket in self.buckets])
@@ -205,9 +205,9 @@ class FlatState:
             not self.laid_out
             or states.edits.made
             or any(param.grad is not None for param in self._stateless)
-            or len(groups) != len(self._params)
+            or not _same(groups, self._groups)
             or not all(_same(group["params"], params) for group, params in zip(groups, self._params, strict=True))
-            or not all(bucket.is_current(bucket.telling) for bucket in self.buckets)
+            or not all(bucket.is_current(row) for bucket in self.buckets for row in {0, bucket.telling})
         )
 
     def is_current(self) -> bool:
@@ -248,10 +248,13 @@ class FlatState:
                 had = known.get(param) if not edited else None
                 if old and (int(old["hessian_step"]) > 0 if had is None else had):
                     bucket.without_hessian.discard(row)
-        states.lay_out({p: bucket.state_of(row) for bucket in made for row, p in enumerate(bucket.params)})
+        # In this order an interrupt, wherever it comes, has the next step do all of it again, edits included.
+        self.laid_out = False
         self.buckets = made
         self._stateless = stateless
+        self._groups = list(groups)
         self._params = [list(group["params"]) for group in groups]
+        states.lay_out({p: bucket.state_of(row) for bucket in made for row, p in enumerate(bucket.params)})
         self.laid_out = True
 
 

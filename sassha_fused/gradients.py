@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from .flat import Groups, Selection
+from .flat import Groups
 
 
 def of_groups(groups: Groups) -> list[Tensor]:
@@ -50,10 +50,9 @@ def is_graph_taken(grad: Tensor) -> bool:
 
 # Marks on the tensor itself: they end with it, where an id or an address may be another tensor's next, and a weak
 # reference would keep torch from swapping the tensor. Each holds for the version that it was made in.
-def refuse_used(selections: Iterable[Selection], call: str) -> None:
-    """ValueError where these were used by the step before: of each bucket the first tells for all."""
-    firsts = [selection.grads[0] for selection in selections]
-    if any(getattr(grad, "_used_in_version", None) == grad._version for grad in firsts):
+def refuse_used(grads: Iterable[Tensor], call: str) -> None:
+    """ValueError where one of these was used by the step before."""
+    if any(getattr(grad, "_used_in_version", None) == grad._version for grad in grads):
         raise ValueError(
             f"{call} found gradients that were used by the step before: a step() was called twice after one perturb(), "
             "or zero_grad() and the backward of this step are missing"

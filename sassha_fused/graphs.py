@@ -46,8 +46,8 @@ class _RecordedStep(Step):
         super().__init__(run, groups)
         self.taken: StepTaken | None = None
 
-    def make_curvature(self) -> None:
-        self.curvature = _RecordedCurvature(self._run, self.groups, self._moved)
+    def make_curvature(self, kind: type[Curvature] = _RecordedCurvature) -> None:
+        super().make_curvature(kind)
 
     def count(self, taken: StepTaken) -> None:
         self.taken = taken

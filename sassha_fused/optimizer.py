@@ -57,9 +57,7 @@ class FusedOptimizer(Optimizer):
     def hessian_due(self) -> bool:
         """Whether the second pass of this step, or of the next if none is under way, needs a graph of its gradients."""
         run = self._run
-        if run.step is not None:
-            return run.step.awaits_products
-        return run.hessian_is_coming(self.param_groups)
+        return run.step.awaits_products if run.step is not None else run.hessian_is_coming(self.param_groups)
 
     @property
     def skipped_steps(self) -> int:
@@ -209,12 +207,13 @@ class FusedOptimizer(Optimizer):
 
     @property
     def state(self) -> States:
-        """What torch's own optimizers have there: for each parameter its state by name, as views of flat buffers."""
+        """For each parameter its state by name, as views of flat buffers. A dict that is put here is copied."""
         return self._run.states
 
     @state.setter
     def state(self, entries: dict[Tensor, dict[str, Any]]) -> None:
-        self._run.states = States(entries)
+        if entries is not self._run.states:
+            self._run.states = States(entries)
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -278,10 +277,11 @@ class FusedOptimizer(Optimizer):
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
         if "_flat_state" in state:  # a copy, or what was pickled
             backend, hvp = state.pop("_flat_state")
             self._run = Run(FlatState(backend), hvp)
-        self.state = state.pop("state")
+        self.state = state.pop("state", self.state)
         super().__setstate__(state)
         for param, saved in self.state.items():
             if isinstance(saved, AsSaved):
@@ -295,6 +295,5 @@ class FusedOptimizer(Optimizer):
             run.step.end()
         run.counts.set(*counts_of(self.param_groups, self.state))
         publish_counts(self.param_groups, self._run.counts)
-        run.flat.forget()
-        run.flat.buckets = []
+        run.flat = FlatState(run.flat.backend)
         run.flat.lay_out(self.param_groups, self.state)

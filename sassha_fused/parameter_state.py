@@ -41,6 +41,18 @@ class States(defaultdict[Tensor, dict[str, Any]]):
     def __reduce__(self) -> tuple[Any, ...]:
         return defaultdict, (dict, dict(self))
 
+    def copy(self) -> defaultdict[Tensor, dict[str, Any]]:  # type: ignore[override]
+        """As that of any other defaultdict, and one that notes nothing."""
+        return defaultdict(dict, self)
+
+    __copy__ = copy  # type: ignore[assignment]
+
+    def __or__(self, other: Any) -> Any:
+        return self.copy() | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | self.copy()
+
     def lay_out(self, laid_out: Mapping[Tensor, dict[str, Any]]) -> None:
         """Takes in the views of these parameters, beside what somebody else has put there; notes edits from now on."""
         self.edits = Edits()

@@ -23,8 +23,12 @@ from .run import Run
 _grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
 
 
+# Two of each bucket tell for all: to ask or to mark all takes a tenth of a lazy step, and who loads weights writes all.
+def _ends_of(selections: Sequence[Selection]) -> list[Tensor]:
+    return [grad for selection in selections for grad in (selection.grads[0], selection.grads[-1])]
+
+
 def _versions_of(selections: Sequence[Selection]) -> list[int]:
-    # Two of each bucket: to ask all takes a tenth of a lazy step, and who loads or clips weights writes all.
     return [param._version for selection in selections for param in (selection.params[0], selection.params[-1])]
 
 
@@ -71,10 +75,10 @@ class Step:
         if self._single and self._run.hessian_is_coming(self.groups):
             self.make_curvature()
 
-    def make_curvature(self) -> None:
+    def make_curvature(self, kind: type[Curvature] = Curvature) -> None:
         """The coming pass is that of a Hessian step."""
         with self._run.uninterrupted:
-            self.curvature = Curvature(self._run, self.groups, self._moved)
+            self.curvature = kind(self._run, self.groups, self._moved)
 
     @property
     def awaits_products(self) -> bool:
@@ -117,8 +121,8 @@ class Step:
             raise
 
     def _perturb(self, selections: list[Selection]) -> Tensor | None:
-        if any(hasattr(selection.grads[0], "_used_in_version") for selection in selections):
-            refuse_used(selections, "perturb()")
+        if any(hasattr(grad, "_used_in_version") for grad in _ends_of(selections)):
+            refuse_used(_ends_of(selections), "perturb()")
         if not selections:
             return None
         try:
@@ -167,9 +171,9 @@ class Step:
                 # Should one bucket's update have gone through before another's failed, its state knows its counts.
                 self._run.flat.forget()
                 raise
+            for grad in _ends_of(selections):
+                grad._used_in_version = grad._version  # type: ignore[attr-defined]
             for selection in selections:
-                first = selection.grads[0]
-                first._used_in_version = first._version  # type: ignore[union-attr]
                 selection.grads = ()
             self.count(StepTaken(selections[0].bucket.skipped, selections, bool(products)))
             self.end()
@@ -183,10 +187,7 @@ class Step:
             )
         states = self._run.states
         if states.edits.made and self._run.flat.is_replaced(states):
-            raise ValueError(
-                "opt.state was replaced between perturb() and step(), which would be lost: edit it before perturb() or "
-                "after step()"
-            )
+            raise ValueError("opt.state was replaced between perturb() and step(): edit it before or after these two")
         selections = with_gradients(self._moved)
         if not selections:
             raise ValueError(
@@ -197,7 +198,7 @@ class Step:
 
     def _at_w(self, selections: list[Selection]) -> list[Selection]:
         """The parameters that have a gradient of the only pass."""
-        refuse_used(selections, "step()")
+        refuse_used(_ends_of(selections), "step()")
         # Refuses what does not fit, as where a part of the model has moved.
         self._norm = passes.norm(selections) if selections else None
         due = self._run.counts.next_is_scheduled(self.groups[0]) or any(s.lacks_hessian() for s in selections)

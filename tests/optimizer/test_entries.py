@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sassha_fused import Sassha
+from sassha_fused.parameter_state import ParameterState, States
 from tests.support.problems import (
     BACKENDS,
     STYLES,
@@ -161,6 +163,71 @@ def test_half_an_entry_is_refused_and_names_what_is_missing() -> None:
     assert_same(weights(problem.params), before)
     problem.opt.state[problem.params[1]]["exp_hessian"] = average
     assert_same(problem.train(2).snapshot()["weights"], undisturbed(Problem, "cpu", 4)["weights"])
+
+
+def test_copies_of_the_state_are_plain_defaultdicts() -> None:
+    problem = Problem().train(1)
+    states = problem.opt.state
+    for other in (copy.copy(states), copy.deepcopy(states), states.copy(), states | {}, {} | states):
+        assert type(other) in (defaultdict, dict) and len(other) == len(problem.params)
+    assert type(pickle.loads(pickle.dumps(states))) is defaultdict
+    assert states[problem.params[0]] is copy.copy(states)[problem.params[0]]
+
+
+def assigned_anew(problem: Problem) -> None:
+    problem.opt.state = dict(problem.opt.state)
+    problem.opt.state.clear()
+
+
+def held(problem: Problem) -> None:
+    states = problem.opt.state
+    problem.opt.state |= {}
+    problem.opt.state = problem.opt.state
+    states.clear()
+
+
+def taken_one_by_one(problem: Problem) -> None:
+    while problem.opt.state:
+        problem.opt.state.popitem()
+
+
+@both_backends
+@pytest.mark.parametrize("empty", [lambda problem: problem.opt.state.clear(), assigned_anew, held, taken_one_by_one])
+def test_a_state_that_was_emptied_starts_anew(backend: str, empty: Callable[[Problem], None]) -> None:
+    problem = Problem(backend).train(2)
+    empty(problem)
+    problem.step()
+    assert [int(state["step"]) for state in problem.opt.state.values()] == [1] * len(problem.params)
+
+
+@pytest.mark.parametrize("interrupted", [(ParameterState, "__init__"), (States, "lay_out")])
+def test_an_interrupt_while_the_state_is_laid_out_loses_no_edit(
+    interrupted: tuple[type, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, other = Problem().train(2), Problem().train(2)
+    for one in (problem, other):
+        state = one.opt.state[one.params[1]]
+        state["exp_avg"] = torch.full_like(one.params[1], 100.0)
+        state["hessian_step"] = torch.tensor(0)  # so that the next step is a Hessian step
+    act = getattr(*interrupted)
+
+    def interrupt(*arguments: Any) -> None:
+        act(*arguments)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*interrupted, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        problem.step()
+    assert_same(problem.train(2).snapshot(), other.train(2).snapshot())
+
+
+def test_a_group_that_was_replaced_counts() -> None:
+    problem = Problem().train(2)
+    problem.opt.param_groups[:] = [{**group, "lr": 0.0} for group in problem.opt.param_groups]
+    before = weights(problem.params)
+    problem.step()
+    assert_same(weights(problem.params), before)
 
 
 def test_copies_of_an_entry_are_plain_dicts() -> None:

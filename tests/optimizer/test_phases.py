@@ -66,6 +66,18 @@ def test_a_second_step_is_refused_after_an_early_restore_a_skip_and_a_closure(
 
 
 @both_backends
+@pytest.mark.parametrize("which", [0, 1], ids=["first", "last"])
+def test_also_where_the_first_or_last_of_every_group_have_gone(backend: str, which: int) -> None:
+    problem = Problem(backend).train(2, "phase")
+    for param in problem.params[which::2]:
+        param.requires_grad_(False).grad = None
+    before = weights(problem.params)
+    with pytest.raises(ValueError, match="used by the step before"):
+        problem.opt.perturb()
+    assert_same(weights(problem.params), before)
+
+
+@both_backends
 @pytest.mark.parametrize("style", ["closure", "phase"])
 def test_a_perturbation_by_the_gradients_of_the_step_before_is_refused(backend: str, style: str) -> None:
     problem = Problem(backend)

@@ -81,7 +81,8 @@ def test_nor_are_those_of_zero_grad(set_to_none: bool, style: str) -> None:
     for _ in range(4):
         problem.loss().backward()
         problem.opt.zero_grad(set_to_none)
-        problem.step(style)
+        ALL_STYLES[style](problem.opt, problem.loss)
+        problem.steps += 1
     assert_same(problem.snapshot(), Problem().train(4).snapshot())
 
 
@@ -89,7 +90,8 @@ def test_nor_are_those_of_zero_grad(set_to_none: bool, style: str) -> None:
 def test_nor_are_those_of_a_skipped_step_or_of_one_that_raised(style: str) -> None:
     problem = Problem().train(1)
     problem.opt.step(lambda: problem.loss() * float("nan"))
-    problem.step(style)
+    ALL_STYLES[style](problem.opt, problem.loss)
+    problem.steps += 1
 
     def closure() -> torch.Tensor:
         problem.loss().backward()
@@ -97,7 +99,7 @@ def test_nor_are_those_of_a_skipped_step_or_of_one_that_raised(style: str) -> No
 
     with pytest.raises(KeyError):
         problem.opt.step(closure)
-    problem.step(style)
+    ALL_STYLES[style](problem.opt, problem.loss)
     assert problem.opt.skipped_steps == 1
     torch.testing.assert_close(problem.params, Problem().train(3).params, rtol=0, atol=0)
 

@@ -145,6 +145,17 @@ def test_loading_through_the_wrapper(wrapped: Problem) -> None:
 
 
 @each_wrapper
+def test_groups_of_the_optimizer_count_after_loading_through_the_wrapper_itself(wrapped: Problem) -> None:
+    wrapped.train(2)
+    wrapped.opt.load_state_dict(copy.deepcopy(wrapped.inner.state_dict()))
+    for group in wrapped.inner.param_groups:
+        group.update(lr=0.0)
+    before = weights(wrapped.params)
+    wrapped.train(1)
+    assert_same(weights(wrapped.params), before)
+
+
+@each_wrapper
 def test_a_batch_norm_helped_through_the_wrapper(wrapper: str) -> None:
     results = []
     for wrap in (True, False):
