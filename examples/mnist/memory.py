@@ -1,6 +1,7 @@
 """Memory held by an optimizer."""
 
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def state_bytes(optimizer: object, parameters: list[Tensor]) -> int:
 
 
 def _tensors(item: object, seen: set[int]) -> Iterator[Tensor]:
-    if id(item) in seen or isinstance(item, (type, torch.nn.Module, str, bytes)):
+    if id(item) in seen or isinstance(item, (type, ModuleType, torch.nn.Module, str, bytes)):
         return
     seen.add(id(item))
     if isinstance(item, Tensor):
