@@ -3,21 +3,24 @@
 // Lists hold parameters of one device and dtype, and their gradients and products in any strides. State is flat:
 // parameter i's part of every flat buffer starts at element offsets[i], a multiple of 128, and has its elements in
 // memory order where the parameter is dense, else row-major. indices[i] is the index of its first element among all
-// elements of the optimizer. steps[rows[i]] holds its counts (step, hessian_step).
+// elements of the optimizer. What a parameter has of its own stands in row rows[i]: its counts (step, hessian_step) in
+// steps, its numbers (csrc/math/settings.h) in per_row, float64 on the device. layouts, int64 on the CPU, has a row for
+// each parameter of the list: its dimensions, its shape, its strides as its part of the state was made; what has
+// another shape or other strides now is refused. settings are the numbers that all of them share.
 
 #include "library.h"
 
 SASSHA_LIBRARY(SASSHA_NAMESPACE, m) {
   // ||g||, or || |w| . g || if adaptive: a 0-d float64 tensor; non-finite where any element is. params may be left
-  // empty where not adaptive; where given, gradients that do not fit them are refused.
-  m.def("grad_norm(Tensor[] grads, Tensor[] params, bool adaptive) -> Tensor");
+  // empty where not adaptive; where given, gradients that do not fit them are refused, and with layouts params as well.
+  m.def("grad_norm(Tensor[] grads, Tensor[] params, Tensor? layouts, bool adaptive) -> Tensor");
 
   // backup <- w;  w <- w + eps*,  eps* = rho g / (norm + 1e-12), times w^2 if adaptive, negated if maximize. norm is a
   // 0-d float64 tensor: that of all gradients, or if measure that of grads, which is worked out first and put there.
   // Where it is not finite, w stays as it is: a forward pass at weights that are NaN would ruin batch-norm statistics.
   m.def(
-      "perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) backup, int[] offsets, Tensor(c!) norm, bool measure, "
-      "float rho, bool adaptive, bool maximize) -> ()");
+      "perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) backup, int[] offsets, int[] rows, Tensor layouts, "
+      "Tensor(c!) norm, bool measure, Tensor per_row, float[] settings) -> ()");
 
   // signs <- the independent +-1 of sample `sample` (csrc/math/philox.h) in a Hessian evaluation, whose index is in the
   // int64 `evaluation`.
@@ -29,13 +32,11 @@ SASSHA_LIBRARY(SASSHA_NAMESPACE, m) {
       "hutchinson_(Tensor[] products, Tensor(a!) estimate, int[] offsets, int[] indices, int seed, Tensor evaluation, "
       "int sample, int samples) -> ()");
 
-  // One step from w = backup (csrc/math/sassha.h). products, if any, are this step's Hessian estimates. Where any of
-  // the scalars in guards, or if guard_grads any element of grads or products, is not finite: params <- backup,
-  // skipped <- 1, and nothing else is written. bias_correction: 0 "step", 1 "update", 2 "none"
-  // (sassha_fused/checks.py).
+  // One step (csrc/math/sassha.h) from w = backup, or without backup from params. products, if any, are this step's
+  // Hessian estimates. Where any of the scalars in guards, or if guard_grads any element of grads or products, is not
+  // finite: params <- w, skipped <- 1, and nothing else is written.
   m.def(
-      "update_(Tensor(a!)[] params, Tensor[] grads, Tensor[] products, Tensor backup, Tensor(b!) exp_avg, "
-      "Tensor(c!) exp_hessian, Tensor(d!) steps, Tensor(e!) skipped, int[] offsets, int[] rows, Tensor[] guards, "
-      "bool guard_grads, Tensor? lr_tensor, float lr, float beta1, float beta2, float eps, float weight_decay, "
-      "float hessian_power, int bias_correction, bool maximize) -> ()");
+      "update_(Tensor(a!)[] params, Tensor[] grads, Tensor[] products, Tensor? backup, Tensor(b!) exp_avg, "
+      "Tensor(c!) exp_hessian, Tensor(d!) steps, Tensor(e!) skipped, int[] offsets, int[] rows, Tensor layouts, "
+      "Tensor[] guards, bool guard_grads, Tensor per_row, float[] settings) -> ()");
 }

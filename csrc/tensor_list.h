@@ -10,6 +10,7 @@
 #include <functional>
 #include <map>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 namespace sassha {
@@ -27,8 +28,10 @@ inline int64_t list_size(StableListHandle list) {
 // a row-major copy of any other. Takes the list apart by hand: std::vector<Tensor> costs twice as much host time.
 class TensorList {
  public:
-  explicit TensorList(StableListHandle list) {
+  // Refuses tensors with other shapes or strides than their rows of layouts (csrc/schema.cpp), where these are given.
+  explicit TensorList(StableListHandle list, const std::optional<Tensor>& layouts = std::nullopt) {
     take_apart(list);
+    if (layouts) check_layouts(*layouts);
     for (size_t i = 0; i < entries_.size(); ++i) {
       if (!is_dense(entries_[i])) work_on(i, torch::stable::contiguous(tensor(i)));
     }
@@ -114,6 +117,21 @@ class TensorList {
   Entries entries_;
   std::map<int64_t, Tensor> copies_;
   ScalarType dtype_ = ScalarType::Undefined;
+
+  void check_layouts(const Tensor& layouts) const {
+    STD_TORCH_CHECK(layouts.scalar_type() == ScalarType::Long && layouts.device().is_cpu() && layouts.is_contiguous(),
+                    "layouts must be int64 on the CPU, and contiguous");
+    STD_TORCH_CHECK(layouts.dim() == 2 && layouts.size(0) == size(), "layouts must have one row per tensor");
+    const int64_t width = layouts.size(1);
+    const int64_t* row = static_cast<const int64_t*>(layouts.const_data_ptr());
+    for (int64_t i = 0; i < size(); ++i, row += width) {
+      const Entry& entry = entries_[i];
+      const bool same = row[0] == entry.dim && 1 + 2 * entry.dim <= width &&
+                        std::equal(entry.sizes, entry.sizes + entry.dim, row + 1) &&
+                        std::equal(entry.strides, entry.strides + entry.dim, row + 1 + entry.dim);
+      STD_TORCH_CHECK(same, "tensor ", i, " has another shape or other strides than when its state was made");
+    }
+  }
 
   void take_apart(StableListHandle list) {
     const int64_t size = list_size(list);

@@ -1,30 +1,46 @@
 """The operators in plain torch, one tensor at a time: the readable reference, and the backend of last resort.
 
 Same names, arguments and meaning as the schemas in csrc/schema.cpp; the arithmetic, operation for operation, is that of
-csrc/math. Any device; nothing here waits for a device.
+csrc/math. Any device, and nothing here waits for it. Where it has no float64 (Apple's MPS) everything is worked out in
+float32: results are then as close to the formulas, but not the same bits as elsewhere.
 """
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import BIAS_CORRECTIONS, check_gradients
-from .layout import state_dtype, view_of
+from .fused_multiply_add import fma
+from .layout import check_layouts, lacks_float64, state_dtype, view_of, wide_dtype
+from .power import raised
+from .settings import RowSettings, Settings
 
 _WORD = 0xFFFFFFFF
 
 
-def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor], adaptive: bool) -> Tensor:
+def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor], layouts: Tensor | None, adaptive: bool) -> Tensor:
     r""":math:`\|g\|_2`, or :math:`\| |w| \cdot g \|_2` if adaptive, as a 0-d float64 tensor.
 
-    params may be left empty where not adaptive; where given, gradients that do not fit them are refused.
+    params may be left empty where not adaptive; where given, gradients that do not fit them are refused, and with
+    layouts params that have other shapes or strides.
     """
     check_gradients(params or grads, grads)
-    terms = [g.double() * w.double() for g, w in zip(grads, params, strict=True)] if adaptive else grads
-    return torch.stack([term.double().square().sum() for term in terms]).sum().sqrt()
+    if layouts is not None:
+        check_layouts(params, layouts)
+    wide = wide_dtype(grads[0].device)
+    terms = [g.to(wide) * w.to(wide) for g, w in zip(grads, params, strict=True)] if adaptive else grads
+    if wide == torch.float64:
+        return torch.stack([term.double().square().sum() for term in terms]).sum().sqrt()
+    # Squares of float32 numbers are not all float32 numbers: those over the largest are where it matters.
+    largest = torch.stack([term.float().abs().amax() for term in terms if term.numel()] or [grads[0].new_zeros(())])
+    scale = torch.where(largest.amax() > 0, largest.amax(), 1.0)
+    return torch.stack([(term.float() / scale).square().sum() for term in terms]).sum().sqrt() * scale
 
 
 def perturb_(
@@ -32,27 +48,31 @@ def perturb_(
     grads: Sequence[Tensor],
     backup: Tensor,
     offsets: Sequence[int],
+    rows: Sequence[int],
+    layouts: Tensor,
     norm: Tensor,
     measure: bool,
-    rho: float,
-    adaptive: bool,
-    maximize: bool,
+    per_row: Tensor,
+    settings: Sequence[float],
 ) -> None:
     r"""backup <- w; :math:`w \leftarrow w + \rho g / (N + 10^{-12})`, times :math:`w^2` if adaptive.
 
     N is in norm, or if measure it is that of grads, and put there. Where it is not finite, w stays as it is.
     """
     check_gradients(params, grads)
+    check_layouts(params, layouts, backup)
+    shared = Settings(*settings)
     if measure:
-        norm.copy_(grad_norm(grads, params, adaptive))
+        norm.copy_(grad_norm(grads, params, None, bool(shared.adaptive)))
     finite = torch.isfinite(norm)
-    factor = torch.full_like(norm, -rho if maximize else rho) / (norm + 1e-12)
+    factors = per_row[:, RowSettings._fields.index("rho")] * (1 / (norm + 1e-12))
     results, backups = [], [view_of(backup, offset, w) for w, offset in zip(params, offsets, strict=True)]
-    for w, g in zip(params, grads, strict=True):
+    for w, g, row in zip(params, grads, rows, strict=True):
         dtype = state_dtype(w)
+        factor = factors[row].to(dtype)
         weight = w.to(dtype)
-        step = factor.to(dtype) * g.to(dtype)
-        moved = weight + step * (weight * weight) if adaptive else weight + step
+        step = (-factor if shared.maximize else factor) * g.to(dtype)
+        moved = weight + step * (weight * weight) if shared.adaptive else weight + step
         results.append(torch.where(finite, moved.to(w.dtype), w))
     # Nothing is written before all is worked out: memory may run out above, not below.
     for w, old, result in zip(params, backups, results, strict=True):
@@ -113,37 +133,78 @@ def hutchinson_(
 def _raise(x: Tensor, power: float) -> Tensor:
     if power == 1.0:
         return x
-    # In float64 also for float32: torch's float32 square root on CPU is not always the nearest float.
-    exact = x.double()
-    return (exact.sqrt() if power == 0.5 else (exact.log2() * power).exp2()).to(x.dtype)
+    if power == 0.5:
+        # Through float64 also float32: torch's float32 square root on CPU is not always the nearest float.
+        return x.to(wide_dtype(x.device)).sqrt().to(x.dtype)
+    return raised(x, power) if x.dtype == torch.float32 else (x.log2() * power).exp2()
+
+
+class _Parts(NamedTuple):
+    """A number as the sum of two of the dtype that is computed in; of float64 the first is the number."""
+
+    high: Tensor | float
+    low: Tensor | float
+
+
+def _nearest_float32(x: float) -> float:
+    return struct.unpack("f", struct.pack("f", x))[0]
+
+
+def _parts(x: Tensor | float, dtype: torch.dtype) -> _Parts:
+    if not isinstance(x, Tensor):
+        high = x if dtype == torch.float64 else _nearest_float32(x)
+        return _Parts(high, _nearest_float32(x - high))
+    high = x.to(dtype)
+    return _Parts(high, (x - high.to(x.dtype)).to(dtype))
+
+
+def _average(mean: Tensor, beta: _Parts, x: Tensor, weight: _Parts) -> Tensor:
+    """beta mean + weight x"""
+    if mean.dtype == torch.float64:
+        return beta.high * mean + weight.high * x
+    return fma(mean, beta.high, fma(x, weight.high, fma(mean, beta.low, x * weight.low)))
+
+
+def _times(x: Tensor, factor: _Parts) -> Tensor:
+    return x * factor.high if x.dtype == torch.float64 else fma(x, factor.high, x * factor.low)
+
+
+def _moved(w: Tensor, direction: Tensor, decay: _Parts, step_size: _Parts) -> Tensor:
+    """w (1 - decay) - step_size direction"""
+    if w.dtype == torch.float64:
+        return w * (1 - decay.high) - step_size.high * direction
+    rest = fma(w, decay.low, direction * step_size.low)
+    return w - fma(w, decay.high, fma(direction, step_size.high, rest))
+
+
+def _correction(beta: float, count: Tensor) -> Tensor:
+    """1 - beta^count"""
+    if not lacks_float64(count.device):
+        return 1 - torch.pow(beta, count.double())
+    # In float32 the difference would be off by the rounding of 1, which is much of it at first.
+    return -torch.expm1(count.float() * math.log(beta)) if beta > 0 else torch.ones_like(count, dtype=torch.float32)
 
 
 def update_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     products: Sequence[Tensor],
-    backup: Tensor,
+    backup: Tensor | None,
     exp_avg: Tensor,
     exp_hessian: Tensor,
     steps: Tensor,
     skipped: Tensor,
     offsets: Sequence[int],
     rows: Sequence[int],
+    layouts: Tensor,
     guards: Sequence[Tensor],
     guard_grads: bool,
-    lr_tensor: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    hessian_power: float,
-    bias_correction: int,
-    maximize: bool,
+    per_row: Tensor,
+    settings: Sequence[float],
 ) -> None:
-    r"""One step from :math:`w` = backup; D only where products are given; nothing where a guard is not finite.
+    r"""One step from :math:`w` = backup, or without backup from params; nothing where a guard is not finite.
 
-    If guard_grads, all elements of grads and products are guards too.
+    If guard_grads, all elements of grads and products are guards too. D changes only where products are given.
 
     .. math::
         D \leftarrow \beta_2 D + (1 - \beta_2) |H|, \quad
@@ -153,38 +214,45 @@ def update_(
     bias_correction: the index in BIAS_CORRECTIONS; with "none", :math:`c_1 = c_2 = 1`.
     """
     check_gradients(params, grads)
-    kind = BIAS_CORRECTIONS[bias_correction]
+    check_layouts(params, layouts, exp_avg)
+    shared = Settings(*settings)
+    kind = BIAS_CORRECTIONS[int(shared.bias_correction)]
     if guard_grads:
-        guards = [*guards, *(grad_norm(tensors, (), False) for tensors in (grads, products) if tensors)]
+        guards = [*guards, *(grad_norm(tensors, (), None, False) for tensors in (grads, products) if tensors)]
     finite = torch.stack([torch.isfinite(guard) for guard in guards]).all()
-    skipped.copy_(~finite)
-    rate = exp_avg.new_full((), lr, dtype=torch.float64) if lr_tensor is None else lr_tensor.double().reshape(())
+    dtype = exp_avg.dtype
+    beta1, beta2 = _parts(shared.beta1, dtype), _parts(shared.beta2, dtype)
+    gradient_weight = _parts(-(1 - shared.beta1) if shared.maximize else 1 - shared.beta1, dtype)
+    hessian_weight = _parts(1 - shared.beta2, dtype)
+    changes: list[tuple[Tensor, Tensor]] = [(skipped, ~finite)]
     for i, (w, g, offset, row) in enumerate(zip(params, grads, offsets, rows, strict=True)):
-        dtype = state_dtype(w)
+        own = RowSettings(*per_row[row].unbind())
         counts = steps[row]
         step = counts[0] + 1
         hessian_step = counts[1]
         if products:
             hessian_step = step if kind == "step" else hessian_step + 1
         if kind == "none":
-            c1 = c2 = torch.ones_like(rate)
+            c1 = c2 = torch.ones_like(own.lr)
         else:
-            c1, c2 = 1 - torch.pow(beta1, step.double()), 1 - torch.pow(beta2, hessian_step.double())
-        step_size, correction = rate / c1, 1 / c2
-        decay = 1 - rate * weight_decay
+            c1, c2 = _correction(shared.beta1, step), _correction(shared.beta2, hessian_step)
 
-        average, hessian, old = (view_of(flat, offset, w) for flat in (exp_avg, exp_hessian, backup))
-        gradient_weight = -(1 - beta1) if maximize else 1 - beta1
-        new_average = (average.double() * beta1 + g.double() * gradient_weight).to(dtype)
+        average, hessian = (view_of(flat, offset, w) for flat in (exp_avg, exp_hessian))
+        old = w if backup is None else view_of(backup, offset, w)
+        new_average = _average(average, beta1, g.to(dtype), gradient_weight)
         new_hessian = hessian
         if products:
-            new_hessian = (hessian.double() * beta2 + products[i].double().abs() * (1 - beta2)).to(dtype)
-        root = _raise((new_hessian.double() * correction).to(dtype), hessian_power)
-        denominator = root + eps
-        direction = (new_average / denominator).double()
-        new = (old.double() * decay - step_size * direction).to(dtype)
-
-        w.copy_(torch.where(finite, new.to(w.dtype), old))
-        average.copy_(torch.where(finite, new_average, average))
-        hessian.copy_(torch.where(finite, new_hessian, hessian))
-        counts.copy_(torch.where(finite, torch.stack([step, hessian_step]), counts))
+            new_hessian = _average(hessian, beta2, products[i].to(dtype).abs(), hessian_weight)
+        root = _raise(_times(new_hessian, _parts(1 / c2, dtype)), shared.hessian_power)
+        direction = new_average / (root + _parts(shared.eps, dtype).high)
+        new = _moved(old.to(dtype), direction, _parts(own.lr * own.weight_decay, dtype), _parts(own.lr / c1, dtype))
+        changes += [
+            (w, torch.where(finite, new.to(w.dtype), old)),
+            (average, torch.where(finite, new_average, average)),
+            (counts, torch.where(finite, torch.stack([step, hessian_step]), counts)),
+        ]
+        if products:
+            changes.append((hessian, torch.where(finite, new_hessian, hessian)))
+    # Nothing is written before all is worked out: memory may run out above, not below.
+    for target, value in changes:
+        target.copy_(value)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -37,3 +40,37 @@ def view_of(flat: Tensor, offset: int, param: Tensor) -> Tensor:
 def state_dtype(param: Tensor) -> torch.dtype:
     """The dtype of a parameter's state, and of the arithmetic on it."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether there are elements to work on: fake and meta tensors have a shape alone."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def lacks_float64(device: torch.device) -> bool:
+    """Whether the device has no float64 at all."""
+    return device.type == "mps"
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest dtype of a device: of norms and of the numbers of a parameter."""
+    return torch.float32 if lacks_float64(device) else torch.float64
+
+
+def layouts_of(params: Sequence[Tensor]) -> Tensor:
+    """The dimensions, shape and strides of each, int64 ``[params, 1 + 2 most dimensions]`` on the CPU."""
+    rows = [[param.dim(), *param.shape, *param.stride()] for param in params]
+    width = max(map(len, rows), default=1)
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64).reshape(len(rows), width)
+
+
+def check_layouts(params: Sequence[Tensor], layouts: Tensor, state: Tensor | None = None) -> None:
+    """ValueError where one has another shape or other strides than layouts has, or is on another device than state."""
+    if len(layouts) != len(params):
+        raise ValueError(f"layouts must have one row per tensor, {len(params)}, got {len(layouts)}")
+    for i, (param, row) in enumerate(zip(params, layouts.tolist() if has_memory(layouts) else ())):
+        if [param.dim(), *param.shape, *param.stride()] != row[: 1 + 2 * param.dim()]:
+            raise ValueError(f"tensor {i} has another shape or other strides than when its state was made")
+    for i, param in enumerate(params if state is not None else ()):
+        if param.device != state.device or state_dtype(param) != state_dtype(state):  # type: ignore[union-attr]
+            raise ValueError(f"tensor {i} is {param.dtype} on {param.device}, not as when its state was made")

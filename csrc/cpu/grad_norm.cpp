@@ -6,8 +6,9 @@
 namespace sassha::cpu {
 namespace {
 
-Tensor grad_norm(StableListHandle grad_list, StableListHandle param_list, bool adaptive) {
-  const TensorList params(param_list);
+Tensor grad_norm(StableListHandle grad_list, StableListHandle param_list, std::optional<Tensor> layouts,
+                 bool adaptive) {
+  const TensorList params(param_list, layouts);
   const bool alone = params.empty() && !adaptive;
   const TensorList grads = alone ? TensorList(grad_list) : TensorList(grad_list, params);
   check_grad_norm(params, grads, alone);

@@ -38,24 +38,29 @@ void perturb_range(P* w, const P* g, P* backup, int64_t n, Compute<P> scale, boo
 }
 
 void perturb_(StableListHandle param_list, StableListHandle grad_list, Tensor backup, std::vector<int64_t> offsets,
-              Tensor norm, bool measure, double rho, bool adaptive, bool maximize) {
-  const TensorList params(param_list);
+              std::vector<int64_t> rows, Tensor layouts, Tensor norm, bool measure, Tensor per_row,
+              std::vector<double> numbers) {
+  const TensorList params(param_list, layouts);
   const TensorList grads(grad_list, params);
-  check_perturb(params, grads, backup, offsets, norm);
+  const Settings settings = settings_of(numbers);
+  check_perturb(params, grads, backup, offsets, rows, norm, per_row);
   if (params.empty()) return;
   const ElementRanges ranges(params);
+  const bool adaptive = settings.adaptive != 0;
   double& gradient_norm = *static_cast<double*>(norm.mutable_data_ptr());
   if (measure) gradient_norm = norm_of(grads, adaptive ? &params : nullptr);
+  const bool finite = std::isfinite(gradient_norm);
+  const double inverse = inverse_norm(gradient_norm);
+  const auto* of_rows = static_cast<const RowSettings*>(per_row.const_data_ptr());
   with_dtype(params.dtype(), [&](auto zero) {
     using P = decltype(zero);
     P* backups = static_cast<P*>(backup.mutable_data_ptr());
-    const auto scale = perturbation_scale<Compute<P>>(rho, gradient_norm, maximize);
-    const bool finite = std::isfinite(gradient_norm);
     const bool streaming = ranges.streaming<P>();
     ranges.for_each([&](int64_t i, int64_t begin, int64_t end) {
       P* w = params.data<P>(i) + begin;
       P* old = backups + offsets[i] + begin;
       if (!finite) return copy(old, w, end - begin, streaming);
+      const auto scale = perturbation_scale<Compute<P>>(of_rows[rows[i]].rho, inverse, settings);
       perturb_range<P>(w, grads.data<P>(i) + begin, old, end - begin, scale, adaptive, streaming);
     });
   });

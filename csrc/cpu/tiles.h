@@ -36,6 +36,17 @@ const Compute<P>* load(const P* source, Compute<P>* scratch, int64_t n) {
   }
 }
 
+// The same, of elements that are about to be written over where they are.
+template <class P>
+const Compute<P>* copied(const P* source, Compute<P>* scratch, int64_t n) {
+  if constexpr (std::is_same_v<P, Compute<P>>) {
+    std::copy_n(source, n, scratch);
+    return scratch;
+  } else {
+    return load(source, scratch, n);
+  }
+}
+
 template <class P>
 void copy(P* destination, const P* source, int64_t n, bool streaming) {
   const int64_t bytes = n * static_cast<int64_t>(sizeof(P));

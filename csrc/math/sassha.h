@@ -1,23 +1,41 @@
 // The arithmetic of one element of Sassha (Shin et al., ICML 2025, arXiv 2502.18153), for every backend in C++.
 //
 // T is the compute type: double for float64 parameters, float for float32, bfloat16 and float16 ones. Scalars are
-// worked out in double and rounded to T once. Compiled without contraction, so each operation below is one IEEE
-// rounding.
+// worked out in double, once per parameter. Compiled without contraction, so each operation below is one IEEE rounding,
+// and so is each explicit fused multiply-add: the same bits everywhere.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "math/portable.h"
+#include "math/settings.h"
 
 namespace sassha {
 
-// rho / (N + 1e-12), the factor of the gradient in eps*, where N is finite; negative where the objective is maximised.
+// A number as the sum of two of the compute type: a float alone would be off by up to half a ulp, the same way in every
+// step. Of double the first is the number.
 template <class T>
-SASSHA_HOST_DEVICE T perturbation_scale(double rho, double norm, bool maximize) {
-  const double scale = rho / (norm + 1e-12);
-  return static_cast<T>(maximize ? -scale : scale);
+struct Parts {
+  T high, low;
+};
+
+template <class T>
+SASSHA_HOST_DEVICE Parts<T> parts_of(double x) {
+  const T high = static_cast<T>(x);
+  return {high, static_cast<T>(x - static_cast<double>(high))};
 }
+
+// rho / (N + 1e-12), the factor of the gradient in eps*, where N is finite; negative where the objective is maximised.
+// inverse: 1 / (N + 1e-12), of which a launch has but one.
+template <class T>
+SASSHA_HOST_DEVICE T perturbation_scale(double rho, double inverse, const Settings& settings) {
+  const double scale = rho * inverse;
+  return static_cast<T>(settings.maximize != 0 ? -scale : scale);
+}
+
+SASSHA_HOST_DEVICE double inverse_norm(double norm) { return 1.0 / (norm + 1e-12); }
 
 // w + eps*
 template <class T, bool kAdaptive>
@@ -42,36 +60,39 @@ SASSHA_HOST_DEVICE T raise(T x, double power) {
 }
 
 // What c2 counts: the steps up to the last Hessian step, as published, or the Hessian steps alone. kNone: c1 = c2 = 1.
-// Numbered as in csrc/schema.cpp.
+// Numbered as in sassha_fused/checks.py.
 enum class BiasCorrection { kStep, kUpdate, kNone };
 
-struct Hyperparameters {
-  double lr, beta1, beta2, eps, weight_decay, hessian_power;
-  BiasCorrection bias_correction;
-  bool maximize;
-};
+SASSHA_HOST_DEVICE bool corrects(const Settings& settings, BiasCorrection correction) {
+  return settings.bias_correction == static_cast<double>(correction);
+}
 
 // What all parameters of a step share.
+template <class T>
 struct UpdateConstants {
-  double beta1;
-  double gradient_weight;  // 1 - beta1, negative where the objective is maximised
-  double beta2;
-  double hessian_weight;  // 1 - beta2
-  double eps;
+  Parts<T> beta1;
+  Parts<T> gradient_weight;  // 1 - beta1, negative where the objective is maximised
+  Parts<T> beta2;
+  Parts<T> hessian_weight;  // 1 - beta2
+  T eps;
   double power;
 };
 
-SASSHA_HOST_DEVICE UpdateConstants update_constants(const Hyperparameters& h) {
+template <class T>
+SASSHA_HOST_DEVICE UpdateConstants<T> update_constants(const Settings& s) {
   return {
-      h.beta1, h.maximize ? -(1.0 - h.beta1) : 1.0 - h.beta1, h.beta2, 1.0 - h.beta2, h.eps, h.hessian_power,
+      parts_of<T>(s.beta1),  parts_of<T>(s.maximize != 0 ? -(1.0 - s.beta1) : 1.0 - s.beta1),
+      parts_of<T>(s.beta2),  parts_of<T>(1.0 - s.beta2),
+      static_cast<T>(s.eps), s.hessian_power,
   };
 }
 
 // What stays the same over one parameter's elements in one step.
+template <class T>
 struct UpdateScalars {
-  double decay;               // 1 - lr weight_decay
-  double step_size;           // lr / c1
-  double hessian_correction;  // 1 / c2
+  Parts<T> decay;               // lr weight_decay
+  Parts<T> step_size;           // lr / c1
+  Parts<T> hessian_correction;  // 1 / c2
 };
 
 // base^exponent, of an exponent of 0 or more, by repeated squaring in twice the precision of double: the libraries'
@@ -92,44 +113,68 @@ SASSHA_HOST_DEVICE double integer_power(double base, int64_t exponent) {
 }
 
 // The count hessian_step behind a Hessian step, which is the step-th step.
-SASSHA_HOST_DEVICE int64_t next_hessian_step(BiasCorrection correction, int64_t step, int64_t hessian_step) {
-  return correction == BiasCorrection::kStep ? step : hessian_step + 1;
+SASSHA_HOST_DEVICE int64_t next_hessian_step(const Settings& settings, int64_t step, int64_t hessian_step) {
+  return corrects(settings, BiasCorrection::kStep) ? step : hessian_step + 1;
 }
 
 // c1 = 1 - beta1^step, c2 = 1 - beta2^hessian_step, or both 1: the counts include the step being taken.
-SASSHA_HOST_DEVICE UpdateScalars update_scalars(const Hyperparameters& h, int64_t step, int64_t hessian_step) {
-  const bool corrected = h.bias_correction != BiasCorrection::kNone;
-  const double correction1 = corrected ? 1.0 - integer_power(h.beta1, step) : 1.0;
-  const double correction2 = corrected ? 1.0 - integer_power(h.beta2, hessian_step) : 1.0;
-  return {1.0 - h.lr * h.weight_decay, h.lr / correction1, 1.0 / correction2};
+template <class T>
+SASSHA_HOST_DEVICE UpdateScalars<T> update_scalars(const Settings& settings, const RowSettings& row, int64_t step,
+                                                   int64_t hessian_step) {
+  const bool corrected = !corrects(settings, BiasCorrection::kNone);
+  const double correction1 = corrected ? 1.0 - integer_power(settings.beta1, step) : 1.0;
+  const double correction2 = corrected ? 1.0 - integer_power(settings.beta2, hessian_step) : 1.0;
+  return {
+      parts_of<T>(row.lr * row.weight_decay),
+      parts_of<T>(row.lr / correction1),
+      parts_of<T>(1.0 / correction2),
+  };
 }
 
-// Sums and products go through double and are rounded to T once: in float they would add up to more than 4 ulp.
-template <class T>
-SASSHA_HOST_DEVICE T average(T mean, double beta, T x, double weight) {
-  return static_cast<T>(beta * static_cast<double>(mean) + weight * static_cast<double>(x));
+// beta mean + weight x. Of double in three roundings, as plain torch has it; of float the parts come first, which are
+// below a ulp, then the smaller term and the larger.
+SASSHA_HOST_DEVICE double average(double mean, Parts<double> beta, double x, Parts<double> weight) {
+  return beta.high * mean + weight.high * x;
+}
+SASSHA_HOST_DEVICE float average(float mean, Parts<float> beta, float x, Parts<float> weight) {
+  const float rest = std::fma(beta.low, mean, weight.low * x);
+  return std::fma(beta.high, mean, std::fma(weight.high, x, rest));
 }
 
 // D <- beta2 D + (1 - beta2) |H|
 template <class T>
-SASSHA_HOST_DEVICE T averaged_hessian(T exp_hessian, T hessian, const UpdateConstants& c) {
+SASSHA_HOST_DEVICE T averaged_hessian(T exp_hessian, T hessian, const UpdateConstants<T>& c) {
   return average(exp_hessian, c.beta2, std::fabs(hessian), c.hessian_weight);
 }
 
 // m <- beta1 m + (1 - beta1) g~
 template <class T>
-SASSHA_HOST_DEVICE T averaged_gradient(T exp_avg, T gradient, const UpdateConstants& c) {
+SASSHA_HOST_DEVICE T averaged_gradient(T exp_avg, T gradient, const UpdateConstants<T>& c) {
   return average(exp_avg, c.beta1, gradient, c.gradient_weight);
 }
 
-// w (1 - lr weight_decay) - (lr / c1) m / ((D / c2)^power + eps); the root and the division, slow in double, in T.
+// D / c2
+SASSHA_HOST_DEVICE double corrected(double exp_hessian, Parts<double> correction) {
+  return exp_hessian * correction.high;
+}
+SASSHA_HOST_DEVICE float corrected(float exp_hessian, Parts<float> correction) {
+  return std::fma(correction.high, exp_hessian, correction.low * exp_hessian);
+}
+
+// w (1 - decay) - step_size direction; in float as w - (decay w + step_size direction).
+SASSHA_HOST_DEVICE double moved(double w, double direction, const UpdateScalars<double>& s) {
+  return w * (1.0 - s.decay.high) - s.step_size.high * direction;
+}
+SASSHA_HOST_DEVICE float moved(float w, float direction, const UpdateScalars<float>& s) {
+  const float rest = std::fma(s.decay.low, w, s.step_size.low * direction);
+  return w - std::fma(s.decay.high, w, std::fma(s.step_size.high, direction, rest));
+}
+
+// w (1 - lr weight_decay) - (lr / c1) m / ((D / c2)^power + eps)
 template <class T, Power kPower>
-SASSHA_HOST_DEVICE T updated(T w, T exp_avg, T exp_hessian, const UpdateConstants& c, const UpdateScalars& s) {
-  const T corrected = static_cast<T>(static_cast<double>(exp_hessian) * s.hessian_correction);
-  const T root = raise<T, kPower>(corrected, c.power);
-  const T denominator = root + static_cast<T>(c.eps);
-  const T direction = exp_avg / denominator;
-  return static_cast<T>(static_cast<double>(w) * s.decay - s.step_size * static_cast<double>(direction));
+SASSHA_HOST_DEVICE T updated(T w, T exp_avg, T exp_hessian, const UpdateConstants<T>& c, const UpdateScalars<T>& s) {
+  const T root = raise<T, kPower>(corrected(exp_hessian, s.hessian_correction), c.power);
+  return moved(w, exp_avg / (root + c.eps), s);
 }
 
 }  // namespace sassha

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.backends import device_of, each_backend_with, each_quick_backend, each_slow_backend
-from tests.support.calls import run, run_measured_perturb
+from tests.support.calls import HYPER, run, run_measured_perturb
 from tests.support.cases import DTYPES, LAYOUTS, Spec, assert_same_bits, assert_same_case, make_case
 from tests.support.checks import check_perturb
 from tests.support.lists import LIST_NAMES, listed_case
@@ -40,8 +40,15 @@ def test_perturb_measures_the_norm_that_grad_norm_does(backend: str, dtype: torc
             assert float(own) == pytest.approx(float(norm), rel=2 * 2**-52, abs=0)
         else:
             assert_same_bits(own, norm, "norm")
-        run(backend, "perturb_", given, norm=own, adaptive=adaptive)
+        run(backend, "perturb_", given, {**HYPER, "adaptive": adaptive}, norm=own)
         assert_same_case(measured, given)
+
+
+@each_backend_with(adaptive=(False, True), dtype=DTYPES)
+def test_every_parameter_has_its_own_rho(backend: str, dtype: torch.dtype, adaptive: bool) -> None:
+    specs = [Spec((n,)) for n in (1, 130, 0, 64, 700, 3)]
+    rho = torch.tensor([0.2, 0.0, 1.0, 3.0, 0.05, 0.5], dtype=torch.float64)
+    check_perturb(backend, make_case(dtype, specs), 7.3, rho, adaptive)
 
 
 @each_backend_with(norm=(0.0, 1e-13))

@@ -46,7 +46,7 @@ def variants(name: str, case: Case) -> list[dict[str, Any]]:
         "perturb_": [{"measure": True}],
         "update_": [
             {"products": []},
-            {"lr_tensor": torch.tensor(0.1), "guard_grads": True},
+            {"backup": None, "guard_grads": True},
             {"guards": [torch.tensor(math.nan), torch.tensor(1.0, dtype=torch.float64)]},
         ],
     }

@@ -75,17 +75,23 @@ def test_counts_of_any_length_correct_the_bias(backend: str, steps: tuple[int, i
             check_update(backend, case, hessian=False, bias_correction=correction)
 
 
-@each_backend_with(correction=BIAS_CORRECTIONS, rate=DTYPES, dtype=DTYPES)
-def test_a_tensor_takes_the_place_of_the_learning_rate(
-    backend: str, dtype: torch.dtype, rate: torch.dtype, correction: str
+@each_backend_with(correction=BIAS_CORRECTIONS, hessian=KINDS, dtype=DTYPES)
+def test_every_parameter_has_its_own_learning_rate_and_decay(
+    backend: str, dtype: torch.dtype, hessian: bool, correction: str
 ) -> None:
-    case = make_case(dtype, [*many(shorter(backend, 9, 5)), Spec(())])
-    check_update(backend, case, True, lr_tensor=torch.tensor(0.033, dtype=rate), lr=1e6, bias_correction=correction)
+    specs = [*many(shorter(backend, 9, 5)), Spec(())]
+    lr, weight_decay = 0.5 * torch.rand(2, len(specs), dtype=torch.float64)
+    check_update(
+        backend, make_case(dtype, specs), hessian, lr=lr, weight_decay=weight_decay, bias_correction=correction
+    )
 
 
-@each_backend_with()
-def test_a_learning_rate_of_shape_one_updates_scalars_too(backend: str) -> None:
-    check_update(backend, make_case(torch.float32, [Spec(()), Spec((3,))]), True, lr_tensor=torch.tensor([0.033]))
+@each_backend_with(power=POWERS, hessian=KINDS, dtype=DTYPES)
+def test_without_a_backup_the_step_is_from_the_weights_themselves(
+    backend: str, dtype: torch.dtype, hessian: bool, power: float
+) -> None:
+    for specs in ("every size", "every layout"):
+        check_update(backend, listed_case(backend, dtype, specs), hessian, backup=False, hessian_power=power)
 
 
 @each_backend_with(power=POWERS, dtype=(torch.bfloat16, torch.float16))

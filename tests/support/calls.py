@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sassha_fused.checks import BIAS_CORRECTIONS
+from sassha_fused.layout import layouts_of
+from sassha_fused.settings import Settings
 from tests.support.backends import device_of, evaluation_on, operators_of
 from tests.support.cases import Case, Spec, compute_dtype, make_case
 
@@ -18,11 +19,22 @@ HYPER: dict[str, Any] = {
     "betas": (0.9, 0.999),
     "eps": 1e-4,
     "weight_decay": 0.01,
+    "rho": 0.2,
     "hessian_power": 0.5,
     "bias_correction": "step",
+    "adaptive": False,
     "maximize": False,
 }
 POWERS = (0.5, 1.0, 0.7)
+
+
+def numbers_of(on: Case, hyper: dict[str, Any]) -> dict[str, Any]:
+    """What hyper is to an operator; lr, weight_decay and rho may be tensors with a value for each parameter."""
+    # What no parameter of the list has a row of must not matter.
+    per_row = torch.full((len(on.steps), 3), torch.nan, dtype=torch.float64)
+    for column, name in enumerate(("lr", "weight_decay", "rho")):
+        per_row[on.rows, column] = torch.as_tensor(hyper[name], dtype=torch.float64)
+    return {"per_row": per_row.to(on.backup.device), "settings": list(Settings.of(hyper))}
 
 
 def update_arguments(
@@ -31,51 +43,42 @@ def update_arguments(
     hessian: bool = True,
     guards: Sequence[Tensor] = (torch.tensor(1.0),),
     guard_grads: bool = False,
-    lr_tensor: Tensor | None = None,
+    backup: bool = True,
 ) -> dict[str, Any]:
     """The arguments of update_, which no other place of the tests spells out."""
-    device = on.backup.device
-    beta1, beta2 = hyper["betas"]
     return {
         "params": on.params,
         "grads": on.grads,
         "products": on.products if hessian else [],
-        "backup": on.backup,
+        "backup": on.backup if backup else None,
         "exp_avg": on.exp_avg,
         "exp_hessian": on.exp_hessian,
         "steps": on.steps,
         "skipped": on.skipped,
         "offsets": on.offsets,
         "rows": on.rows,
-        "guards": [guard.to(device) for guard in guards],
+        "layouts": layouts_of(on.params),
+        "guards": [guard.to(on.backup.device) for guard in guards],
         "guard_grads": guard_grads,
-        "lr_tensor": None if lr_tensor is None else lr_tensor.to(device),
-        "lr": hyper["lr"],
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": hyper["eps"],
-        "weight_decay": hyper["weight_decay"],
-        "hessian_power": hyper["hessian_power"],
-        "bias_correction": BIAS_CORRECTIONS.index(hyper["bias_correction"]),
-        "maximize": hyper["maximize"],
+        **numbers_of(on, hyper),
     }
 
 
-def arguments_of(name: str, case: Case, **changes: Any) -> dict[str, Any]:
+def arguments_of(name: str, case: Case, hyper: dict[str, Any] = HYPER, **changes: Any) -> dict[str, Any]:
     """The arguments of an operator, by the names of its schema."""
     device = case.backup.device
     arguments: dict[str, dict[str, Any]] = {
-        "grad_norm": {"grads": case.grads, "params": case.params, "adaptive": True},
+        "grad_norm": {"grads": case.grads, "params": case.params, "layouts": None, "adaptive": True},
         "perturb_": {
             "params": case.params,
             "grads": case.grads,
             "backup": case.backup,
             "offsets": case.offsets,
+            "rows": case.rows,
+            "layouts": layouts_of(case.params),
             "norm": torch.tensor(3.0, dtype=torch.float64, device=device),
             "measure": False,
-            "rho": 0.2,
-            "adaptive": False,
-            "maximize": False,
+            **numbers_of(case, hyper),
         },
         "rademacher_": {
             "signs": case.params,
@@ -94,30 +97,31 @@ def arguments_of(name: str, case: Case, **changes: Any) -> dict[str, Any]:
             "sample": 1,
             "samples": 3,
         },
-        "update_": update_arguments(case),
+        "update_": update_arguments(case, hyper),
     }
     assert changes.keys() <= arguments[name].keys()
     return {**arguments[name], **changes}
 
 
-def run(backend: str, name: str, on: Case, **changes: Any) -> Any:
+def run(backend: str, name: str, on: Case, hyper: dict[str, Any] = HYPER, **changes: Any) -> Any:
     """Calls an operator on a case, in place; returns what it returns."""
-    return getattr(operators_of(backend), name)(*arguments_of(name, on, **changes).values())
+    return getattr(operators_of(backend), name)(*arguments_of(name, on, hyper, **changes).values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In place, on a case of the backend's device
 
 
-def run_perturb(backend: str, on: Case, norm: float, rho: float, adaptive: bool, maximize: bool) -> None:
+def run_perturb(backend: str, on: Case, norm: float, rho: float | Tensor, adaptive: bool, maximize: bool) -> None:
     scalar = torch.tensor(norm, dtype=torch.float64, device=device_of(backend))
-    run(backend, "perturb_", on, norm=scalar, rho=rho, adaptive=adaptive, maximize=maximize)
+    hyper = {**HYPER, "rho": rho, "adaptive": adaptive, "maximize": maximize}
+    run(backend, "perturb_", on, hyper, norm=scalar)
 
 
 def run_measured_perturb(backend: str, on: Case, adaptive: bool) -> Tensor:
     """perturb_ that works the norm out by itself; returns it."""
     norm = torch.full((), torch.nan, dtype=torch.float64, device=device_of(backend))
-    run(backend, "perturb_", on, norm=norm, measure=True, adaptive=adaptive)
+    run(backend, "perturb_", on, {**HYPER, "adaptive": adaptive}, norm=norm, measure=True)
     return norm
 
 
@@ -139,7 +143,7 @@ def run_rademacher(backend: str, on: Case, seed: int, evaluation: int, sample: i
 # What they make of a case, on the CPU
 
 
-def perturb(backend: str, case: Case, norm: float, rho: float, adaptive: bool, maximize: bool) -> Case:
+def perturb(backend: str, case: Case, norm: float, rho: float | Tensor, adaptive: bool, maximize: bool) -> Case:
     on = case.to(device_of(backend))
     run_perturb(backend, on, norm, rho, adaptive, maximize)
     return on.to("cpu")
@@ -168,7 +172,8 @@ def signs_of(
 
 def norm_of(backend: str, grads: Sequence[Tensor], params: Sequence[Tensor] = (), adaptive: bool = False) -> float:
     device = device_of(backend)
-    norm = operators_of(backend).grad_norm([g.to(device) for g in grads], [w.to(device) for w in params], adaptive)
+    on_device = [[t.to(device) for t in tensors] for tensors in (grads, params)]
+    norm = operators_of(backend).grad_norm(*on_device, None, adaptive)
     assert norm.shape == () and norm.dtype == torch.float64 and norm.device.type == torch.device(device).type
     return float(norm)
 
@@ -185,4 +190,5 @@ def call_everything(backend: str, dtype: torch.dtype) -> None:
     wide = replace(case, products=[product.to(compute_dtype(dtype)) for product in case.products])
     for power in POWERS:
         for on, hessian in ((case, False), (case, True), (wide, True)):
-            run_update(backend, on, {**HYPER, "hessian_power": power}, hessian)
+            for backup in (True, False):
+                run_update(backend, on, {**HYPER, "hessian_power": power}, hessian, backup=backup)

@@ -23,9 +23,11 @@ from tests.support.reference import formula_perturb, formula_update, memory_orde
 
 
 def check_perturb(
-    backend: str, before: Case, norm: float, rho: float = 0.2, adaptive: bool = False, maximize: bool = False
+    backend: str, before: Case, norm: float, rho: float | Tensor = 0.2, adaptive: bool = False, maximize: bool = False
 ) -> None:
+    """rho may have a value for each parameter."""
     after = perturb(backend, before, norm, rho, adaptive, maximize)
+    rho = before.per_element(rho) if isinstance(rho, Tensor) else rho
     w = before.in_order(before.params)
     exact = formula_perturb(w, before.in_order(before.grads), norm, rho, adaptive, maximize)
     assert_rounded(after.params, exact.w, exact.w_largest, ULPS)
@@ -37,25 +39,27 @@ def check_standstill(backend: str, before: Case, norm: float, measure: bool, ada
     """A perturbation by a norm that is not finite saves the weights and leaves them where they are."""
     on = before.to(device_of(backend))
     scalar = torch.tensor(norm, dtype=torch.float64, device=device_of(backend))
-    run(backend, "perturb_", on, norm=scalar, measure=measure, adaptive=adaptive)
+    run(backend, "perturb_", on, {**HYPER, "adaptive": adaptive}, norm=scalar, measure=measure)
     after = on.to("cpu")
     assert_untouched(after, before, except_for=("backup",))
     assert_same_bits(torch.cat(after.parts(after.backup)), before.in_order(before.params), "backup")
     assert not math.isfinite(float(scalar))
 
 
-def check_update(backend: str, before: Case, hessian: bool, lr_tensor: Tensor | None = None, **changes: Any) -> None:
+def check_update(backend: str, before: Case, hessian: bool, backup: bool = True, **changes: Any) -> None:
+    """lr and weight_decay may have a value for each parameter. Without backup the step is from what is in params."""
     hyper = {**HYPER, **changes}
-    after = update(backend, before, hyper, hessian, lr_tensor=lr_tensor)
-    if lr_tensor is not None:
-        hyper["lr"] = float(lr_tensor)
+    after = update(backend, before, hyper, hessian, backup=backup)
     counts = before.steps[before.rows]
     t, e = (
         int(count[0]) if (count == count[0]).all() else before.per_element(count.double()) for count in counts.unbind(1)
     )
-    w, m, D = (torch.cat(before.parts(flat)) for flat in (before.backup, before.exp_avg, before.exp_hessian))
+    m, D = (torch.cat(before.parts(flat)) for flat in (before.exp_avg, before.exp_hessian))
+    w = torch.cat(before.parts(before.backup)) if backup else before.in_order(before.params)
     grads, products = before.in_order(before.grads), before.in_order(before.products) if hessian else None
-    exact = formula_update(w, grads, products, m, D, t, e, **hyper)
+    of_update = {name: value for name, value in hyper.items() if name not in ("rho", "adaptive")}
+    of_elements = {k: before.per_element(v) if isinstance(v, Tensor) else v for k, v in of_update.items()}
+    exact = formula_update(w, grads, products, m, D, t, e, **of_elements)
     ulps = ULPS if hyper["hessian_power"] in (0.5, 1.0) else GENERAL_POWER_ULPS
     assert_rounded(after.params, exact.w, exact.w_largest, ulps)
     assert_rounded(after.parts(after.exp_avg), exact.m, exact.m_largest, ULPS)
@@ -73,7 +77,11 @@ def check_update(backend: str, before: Case, hessian: bool, lr_tensor: Tensor | 
 
 
 def check_skip(backend: str, before: Case, *guards: Tensor, hessian: bool = True, guard_grads: bool = False) -> None:
-    after = update(backend, before, HYPER, hessian, [torch.tensor(1.0), *guards], guard_grads)
+    found = [torch.tensor(1.0), *guards]
+    alone = update(backend, before, HYPER, hessian, found, guard_grads, backup=False)
+    assert alone.skipped.tolist() == [1]
+    assert_untouched(alone, before, except_for=("skipped",))
+    after = update(backend, before, HYPER, hessian, found, guard_grads)
     restored = torch.cat([memory_order(w) for w in after.params])
     assert_same_bits(restored, torch.cat(before.parts(before.backup)), "w after a skipped step")
     assert after.skipped.tolist() == [1]

@@ -1,0 +1,5 @@
+"""draft"""
+
+
+def raised(x, power):
+    return (x.double().log2() * power).exp2().float()

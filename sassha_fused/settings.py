@@ -1,0 +1,45 @@
+"""The numbers that go with a call of an operator: csrc/math/settings.h has the same fields in the same order."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from .checks import BIAS_CORRECTIONS
+
+
+class Settings(NamedTuple):
+    """What all parameters of a call share. Modes are numbers too: 0 is false.
+
+    Attributes:
+        bias_correction: the index in BIAS_CORRECTIONS.
+    """
+
+    beta1: float
+    beta2: float
+    eps: float
+    hessian_power: float
+    adaptive: float
+    maximize: float
+    bias_correction: float
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> Settings:
+        """Those of a parameter group."""
+        beta1, beta2 = group["betas"]
+        return cls(
+            float(beta1),
+            float(beta2),
+            float(group["eps"]),
+            float(group["hessian_power"]),
+            float(group["adaptive"]),
+            float(group["maximize"]),
+            float(BIAS_CORRECTIONS.index(group["bias_correction"])),
+        )
+
+
+class RowSettings(NamedTuple):
+    """What each parameter has of its own: a row of per_row, float64 ``[rows, 3]`` (float32 where a device has no other)."""
+
+    lr: float
+    weight_decay: float
+    rho: float
