@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from numbers import Integral, Real
 from operator import itemgetter
 from typing import Any
@@ -122,7 +123,7 @@ class AcceptedGroups:
             check_same_corrections(self._corrections, corrections)
         for group in groups:
             _in_own_types(group)
-        self.values = [value for group in groups for value in values_of(group)]
+        self.values = list(chain.from_iterable(map(values_of, groups)))
         self._corrections = corrections
         self.single = is_single(groups)
 

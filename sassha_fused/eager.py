@@ -147,15 +147,15 @@ class _Parts(NamedTuple):
 
 
 def _nearest_float32(x: float) -> float:
-    return struct.unpack("f", struct.pack("f", x))[0]
+    return float(struct.unpack("f", struct.pack("f", x))[0])
 
 
 def _parts(x: Tensor | float, dtype: torch.dtype) -> _Parts:
-    if not isinstance(x, Tensor):
-        high = x if dtype == torch.float64 else _nearest_float32(x)
-        return _Parts(high, _nearest_float32(x - high))
-    high = x.to(dtype)
-    return _Parts(high, (x - high.to(x.dtype)).to(dtype))
+    if isinstance(x, Tensor):
+        high = x.to(dtype)
+        return _Parts(high, (x - high.to(x.dtype)).to(dtype))
+    nearest = x if dtype == torch.float64 else _nearest_float32(x)
+    return _Parts(nearest, _nearest_float32(x - nearest))
 
 
 def _average(mean: Tensor, beta: _Parts, x: Tensor, weight: _Parts) -> Tensor:
@@ -226,14 +226,14 @@ def update_(
     hessian_weight = _parts(1 - shared.beta2, dtype)
     changes: list[tuple[Tensor, Tensor]] = [(skipped, ~finite)]
     for i, (w, g, offset, row) in enumerate(zip(params, grads, offsets, rows, strict=True)):
-        own = RowSettings(*per_row[row].unbind())
+        lr, weight_decay, _ = per_row[row].unbind()
         counts = steps[row]
         step = counts[0] + 1
         hessian_step = counts[1]
         if products:
             hessian_step = step if kind == "step" else hessian_step + 1
         if kind == "none":
-            c1 = c2 = torch.ones_like(own.lr)
+            c1 = c2 = torch.ones_like(lr)
         else:
             c1, c2 = _correction(shared.beta1, step), _correction(shared.beta2, hessian_step)
 
@@ -245,7 +245,7 @@ def update_(
             new_hessian = _average(hessian, beta2, products[i].to(dtype).abs(), hessian_weight)
         root = _raise(_times(new_hessian, _parts(1 / c2, dtype)), shared.hessian_power)
         direction = new_average / (root + _parts(shared.eps, dtype).high)
-        new = _moved(old.to(dtype), direction, _parts(own.lr * own.weight_decay, dtype), _parts(own.lr / c1, dtype))
+        new = _moved(old.to(dtype), direction, _parts(lr * weight_decay, dtype), _parts(lr / c1, dtype))
         changes += [
             (w, torch.where(finite, new.to(w.dtype), old)),
             (average, torch.where(finite, new_average, average)),

@@ -1,105 +1,26 @@
-"""State in flat buffers: one of each kind per parameter group, device and dtype, with per-parameter views."""
+"""The flat state of an optimizer, laid out anew where what it was made for has changed, and the lists of a pass."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, is_
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .bucket import Bucket, Member
 from .checks import check_gradients, check_parameter
-from .layout import state_dtype, view_of
-from .ops import Operators, operators
-from .parameter_state import States, check_shape, complete_state
-
-# The state of a parameter starts at a multiple of this many elements: 256 bytes in the narrowest dtype.
-ALIGNMENT = 128
+from .layout import view_of
+from .parameter_state import States, complete_state
+from .settings import Settings
 
 Groups = Sequence[dict[str, Any]]
 
-_grad = attrgetter("grad")
-
-
-@dataclass(frozen=True)
-class Member:
-    """A parameter that has state, and the index of its first element among all elements of the optimizer."""
-
-    param: Tensor
-    index: int
-
-
-class Bucket:
-    """The parameters of one group, device and dtype that have state, and the flat buffers that hold it.
-
-    Attributes:
-        exp_avg, exp_hessian: m and D, in float64 for float64 parameters, else float32.
-        norm: 0-d, in float64, where perturb_ puts the norm of the first gradients.
-        backup: w while the parameters are at w', in their dtype.
-        counts: int64 ``[len(params), 2]``, the rows (step, hessian_step), on the device.
-        skipped: int64 ``[1]``, 1 where the last update skipped a non-finite step.
-        evaluation: int64, the index of the Hessian evaluation under way.
-        without_hessian: the rows of the parameters that have never had a Hessian.
-    """
-
-    def __init__(
-        self, group: dict[str, Any], members: Sequence[Member], states: Sequence[dict[str, Any]], backend: str
-    ) -> None:
-        first = members[0].param
-        self.params = [member.param for member in members]
-        self.offsets, total = _offsets(self.params)
-        self.device, self.dtype = first.device, first.dtype
-        self.layouts = [(param.shape, param.stride()) for param in self.params]
-        # The row whose strides tell most of a change of memory format.
-        self.telling = max(range(len(members)), key=lambda row: (self.params[row].dim(), self.params[row].numel()))
-        self.operators: Operators = operators(backend, first.device)
-        self.exp_avg = torch.zeros(total, dtype=state_dtype(first), device=first.device)
-        self.exp_hessian = torch.zeros_like(self.exp_avg)
-        self.backup = torch.zeros(total, dtype=first.dtype, device=first.device)
-        self.norm = torch.zeros((), dtype=torch.float64, device=first.device)
-        self.counts = torch.zeros((len(members), 2), dtype=torch.int64, device=first.device)
-        self.skipped = torch.zeros(1, dtype=torch.int64, device=first.device)
-        self.evaluation = torch.zeros((), dtype=torch.int64, device=first.device)
-        for row, state in enumerate(states):
-            if state:
-                for name, view in self.state_of(row).items():
-                    view.copy_(torch.as_tensor(state[name]))
-        rows = list(range(len(members)))
-        self.without_hessian = set(rows)
-        self._group, self._rows, self._indices = group, rows, [member.index for member in members]
-
-    # Not kept: a cycle would have the buffers wait for the garbage collector.
-    @property
-    def everything(self) -> Selection:
-        """All parameters, as a selection without gradients."""
-        return Selection(self, self._group, self.params, (), self.offsets, self._rows, self._indices)
-
-    def state_of(self, row: int) -> dict[str, Tensor]:
-        """One parameter's state, as views of the buffers."""
-        param, offset = self.params[row], self.offsets[row]
-        return {
-            "step": self.counts[row, 0],
-            "hessian_step": self.counts[row, 1],
-            "exp_avg": view_of(self.exp_avg, offset, param),
-            "exp_hessian": view_of(self.exp_hessian, offset, param),
-        }
-
-    def is_current(self, row: int) -> bool:
-        """Whether a parameter still is as its state was made: model.to(...) moves parameters in place."""
-        param = self.params[row]
-        layout = (param.shape, param.stride())
-        return param.dtype == self.dtype and param.device == self.device and layout == self.layouts[row]
-
-
-def _offsets(params: Sequence[Tensor]) -> tuple[list[int], int]:
-    offsets, total = [], 0
-    for param in params:
-        offsets.append(total)
-        total += -(-param.numel() // ALIGNMENT) * ALIGNMENT
-    return offsets, total
+_params, _grad = itemgetter("params"), attrgetter("grad")
 
 
 @dataclass
@@ -107,28 +28,46 @@ class Selection:
     """Some parameters of a bucket, by their rows, and their gradients of one pass."""
 
     bucket: Bucket
-    group: dict[str, Any]
     params: Sequence[Tensor]
     grads: Sequence[Tensor]
     offsets: Sequence[int]
     rows: Sequence[int]
     indices: Sequence[int]
+    layouts: Tensor
+
+    @classmethod
+    def of(cls, bucket: Bucket) -> Selection:
+        """All parameters of a bucket, without gradients."""
+        return cls(bucket, bucket.params, (), bucket.offsets, bucket.rows, bucket.indices, bucket.layouts)
 
     def at(self, positions: Sequence[int]) -> Selection:
         """The parameters at these positions of this selection, without gradients."""
         return Selection(
             self.bucket,
-            self.group,
             [self.params[i] for i in positions],
             (),
             [self.offsets[i] for i in positions],
             [self.rows[i] for i in positions],
             [self.indices[i] for i in positions],
+            self.layouts[list(positions)],
         )
 
     def with_grads(self, grads: Sequence[Tensor]) -> Selection:
         """The same parameters with these gradients."""
-        return Selection(self.bucket, self.group, self.params, grads, self.offsets, self.rows, self.indices)
+        return Selection(self.bucket, self.params, grads, self.offsets, self.rows, self.indices, self.layouts)
+
+    def with_gradients(self, last: Selection | None = None) -> Selection:
+        """What of these has a gradient now, with it.
+
+        last: such a choice of before, whose lists serve again if it is the same.
+        """
+        grads = [grad for grad in map(_grad, self.params) if grad is not None]
+        chosen = self
+        if len(grads) < len(self.params):
+            positions = [i for i, param in enumerate(self.params) if param.grad is not None]
+            same = last is not None and last.rows == [self.rows[i] for i in positions]
+            chosen = last if last is not None and same else self.at(positions)
+        return chosen.with_grads(grads)
 
     def backups(self) -> list[Tensor]:
         """The stretches of the bucket's backup that belong to these parameters."""
@@ -139,22 +78,15 @@ class Selection:
         without = self.bucket.without_hessian
         return bool(without) and not without.isdisjoint(self.rows)
 
-    def check_shapes(self) -> None:
-        """ValueError where a parameter has changed its shape since its state was made."""
-        for row, param in zip(self.rows, self.params, strict=True):
-            check_shape(param, self.bucket.layouts[row][0])
+    def check_current(self) -> None:
+        """ValueError where a parameter has changed its shape or memory format since its state was made."""
+        for row in self.rows:
+            self.bucket.check_current(row)
 
 
 def with_gradients(selections: Sequence[Selection]) -> list[Selection]:
     """What of these selections has a gradient now, with it."""
-    found = []
-    for selection in selections:
-        grads = [grad for grad in map(_grad, selection.params) if grad is not None]
-        if len(grads) < len(selection.params):
-            selection = selection.at([i for i, param in enumerate(selection.params) if param.grad is not None])
-        if grads:
-            found.append(selection.with_grads(grads))
-    return found
+    return [found for selection in selections if (found := selection.with_gradients()).grads]
 
 
 def _same(ones: Sequence[Any], others: Sequence[Any]) -> bool:
@@ -183,21 +115,46 @@ class FlatState:
         self.laid_out = False
         self._stateless: list[Tensor] = []
         self._groups: list[dict[str, Any]] = []
-        self._params: list[list[Tensor]] = []
+        self._lengths: list[int] = []
+        self._params: list[Tensor] = []
+        self._last: dict[Bucket, Selection] = {}
 
     def select(self, groups: Groups, states: States, catch_up: Callable[[], int]) -> list[Selection]:
         """The parameters that have a gradient, by bucket; the first gradient gives a parameter its state.
 
-        catch_up brings the host's counts up to date, which may wait for the device: done only where they are needed.
+        The operators find a parameter that has another shape, strides, dtype or device than the others or than its
+        state, but not that the first has another dtype or device than the state. catch_up brings the host's counts up
+        to date, which may wait for the device: done only where they are needed.
         """
         outdated = self.is_outdated(groups, states)
-        selections = [] if outdated else with_gradients([bucket.everything for bucket in self.buckets])
-        # The operators find what does not go with the first of their parameters, but not that this one has changed.
-        if outdated or not all(s.rows[0] == 0 or s.bucket.is_current(s.rows[0]) for s in selections):
+        selections = [] if outdated else self._with_gradients()
+        firsts = [(s.params[0], s.bucket) for s in selections]
+        if outdated or any(p.dtype != b.dtype or p.device != b.device for p, b in firsts):
             catch_up()
             self.lay_out(groups, states)
-            selections = with_gradients([bucket.everything for bucket in self.buckets])
+            selections = self._with_gradients()
         return selections
+
+    def _with_gradients(self) -> list[Selection]:
+        found = [Selection.of(bucket).with_gradients(self._last.get(bucket)) for bucket in self.buckets]
+        self._last = {selection.bucket: selection.with_grads(()) for selection in found}
+        return [selection for selection in found if selection.grads]
+
+    def take_in_groups(self, movable: bool) -> None:
+        """Learns what the groups say, once they are accepted; movable: whether the state may be laid out anew.
+
+        Raises:
+            ValueError: it would have to be, and may not.
+        """
+        agree = [bucket.take_in_groups() for bucket in self.buckets]
+        if all(agree):
+            return
+        if not movable:
+            raise ValueError(
+                "betas, eps, hessian_power, adaptive, maximize or bias_correction of some groups but not of others was "
+                "edited between perturb() and step(): edit groups before perturb() or after step()"
+            )
+        self.forget()
 
     def is_outdated(self, groups: Groups, states: States) -> bool:
         """Whether a parameter waits for its state, or someone has edited the groups, their parameters or the states."""
@@ -206,8 +163,8 @@ class FlatState:
             or states.edits.made
             or any(param.grad is not None for param in self._stateless)
             or not _same(groups, self._groups)
-            or not all(_same(group["params"], params) for group, params in zip(groups, self._params, strict=True))
-            or not all(bucket.is_current(row) for bucket in self.buckets for row in {0, bucket.telling})
+            or list(map(len, map(_params, groups))) != self._lengths
+            or not _same(list(chain.from_iterable(map(_params, groups))), self._params)
         )
 
     def is_current(self) -> bool:
@@ -239,8 +196,8 @@ class FlatState:
         edited = states.edits.made
         made: list[Bucket] = []
         stateless: list[Tensor] = []
-        for group, members in _members(groups, states, stateless):
-            made.append(Bucket(group, members, [complete_state(states, m.param) for m in members], self.backend))
+        for members in _members(groups, states, stateless):
+            made.append(Bucket(members, [complete_state(states, m.param) for m in members], self.backend))
         for bucket in made:
             for row, param in enumerate(bucket.params):
                 old = complete_state(states, param)
@@ -253,27 +210,27 @@ class FlatState:
         self.buckets = made
         self._stateless = stateless
         self._groups = list(groups)
-        self._params = [list(group["params"]) for group in groups]
+        self._lengths = [len(group["params"]) for group in groups]
+        self._params = [param for group in groups for param in group["params"]]
+        self._last = {}
         states.lay_out({p: bucket.state_of(row) for bucket in made for row, p in enumerate(bucket.params)})
         self.laid_out = True
 
 
-def _members(
-    groups: Groups, states: States, stateless: list[Tensor]
-) -> Iterator[tuple[dict[str, Any], Sequence[Member]]]:
-    """The parameters with state, or with a gradient that asks for one, by group, device and dtype."""
+def _members(groups: Groups, states: States, stateless: list[Tensor]) -> Iterable[Sequence[Member]]:
+    """The parameters with state, or with a gradient that asks for one, by device, dtype and settings."""
     index = 0
+    members: dict[tuple[torch.device, torch.dtype, Settings], list[Member]] = defaultdict(list)
     for group in groups:
-        members: dict[tuple[torch.device, torch.dtype], list[Member]] = defaultdict(list)
+        settings = Settings.of(group)
         for param in dict.fromkeys(group["params"]):
             if complete_state(states, param):
-                members[param.device, param.dtype].append(Member(param, index))
+                members[param.device, param.dtype, settings].append(Member(param, group, index))
             elif param.grad is not None:
                 check_parameter(param)
                 check_gradients([param], [param.grad])
-                members[param.device, param.dtype].append(Member(param, index))
+                members[param.device, param.dtype, settings].append(Member(param, group, index))
             else:
                 stateless.append(param)
             index += param.numel()
-        for chosen in members.values():
-            yield group, chosen
+    return members.values()

@@ -1,6 +1,7 @@
 """draft"""
 
 import torch
+
 from .layout import lacks_float64
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from .bucket import Bucket
 from .closures import walk
 from .counts import StepTaken
 from .curvature.of_step import Curvature
-from .flat import Bucket, Groups, Selection
+from .flat import Groups, Selection
 from .gradients import of_groups
 from .optimizer import FusedOptimizer
 from .run import Run
@@ -117,7 +118,7 @@ class GraphedStep:
         optimizer.restore()
         # Where state or parameters have changed, as in load_state_dict or add_param_group, the graphs point at memory
         # that is no longer theirs.
-        outdated = run.flat.is_outdated(optimizer.param_groups, optimizer.state)
+        outdated = run.flat.is_outdated(optimizer.param_groups, optimizer.state) or not run.flat.is_current()
         buckets = [] if outdated else run.flat.buckets
         if [*map(id, self._of)] != [*map(id, buckets)]:
             self._forget()
@@ -153,6 +154,8 @@ class GraphedStep:
         optimizer = self._optimizer
         self._find_device()
         graph = torch.cuda.CUDAGraph()
+        # Outside of the graph, whose replays would copy what the groups say from memory that is no longer theirs.
+        optimizer._run.accept(optimizer.param_groups, movable=True)
         step = _RecordedStep(optimizer._run, optimizer.param_groups)
         try:
             # The outer context sees to it that a capture that fails does not leave its stream the current one.

@@ -71,6 +71,6 @@ def check_layouts(params: Sequence[Tensor], layouts: Tensor, state: Tensor | Non
     for i, (param, row) in enumerate(zip(params, layouts.tolist() if has_memory(layouts) else ())):
         if [param.dim(), *param.shape, *param.stride()] != row[: 1 + 2 * param.dim()]:
             raise ValueError(f"tensor {i} has another shape or other strides than when its state was made")
-    for i, param in enumerate(params if state is not None else ()):
-        if param.device != state.device or state_dtype(param) != state_dtype(state):  # type: ignore[union-attr]
+    for i, param in enumerate(params):
+        if state is not None and (param.device != state.device or state_dtype(param) != state_dtype(state)):
             raise ValueError(f"tensor {i} is {param.dtype} on {param.device}, not as when its state was made")

@@ -51,7 +51,7 @@ _NEEDS = {"_C": "a C++ compiler", "_cuda": "nvcc"}
 
 
 def _register_fakes() -> None:
-    def grad_norm(grads: list[Tensor], params: list[Tensor], adaptive: bool) -> Tensor:
+    def grad_norm(grads: list[Tensor], params: list[Tensor], layouts: Tensor | None, adaptive: bool) -> Tensor:
         return grads[0].new_empty((), dtype=torch.float64)
 
     def writes_in_place(*_: Any) -> None:
@@ -76,7 +76,7 @@ def _load_cuda() -> str | None:
 def _refusal(backend: str, device: int) -> str | None:
     """Why a GPU runs no kernel: another architecture than was built for, a driver that is too old, no C compiler."""
     try:
-        BACKENDS[backend].load().grad_norm([torch.ones(1, device=torch.device("cuda", device))], [], False)
+        BACKENDS[backend].load().grad_norm([torch.ones(1, device=torch.device("cuda", device))], [], None, False)
     except Exception as error:  # Triton's are of many types
         return f"the kernels do not run on cuda:{device}: {' '.join((str(error) or repr(error)).split())}"
     return None

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn.utils import parametrize
 
-from .checks import BIAS_CORRECTIONS, DTYPES, check_gradients
+from .checks import DTYPES, check_gradients
 from .flat import Selection
+from .layout import wide_dtype
+from .row_table import sent
 
 Products = Sequence[Sequence[Tensor]]
 
@@ -19,12 +21,12 @@ def norm(selections: Sequence[Selection]) -> Tensor:
     """The norm of the gradients over all selections, a 0-d float64 tensor; refuses gradients that do not fit."""
     with explaining_refusals(selections):
         norms = [
-            selection.bucket.operators.grad_norm(selection.grads, selection.params, selection.group["adaptive"])
-            for selection in selections
+            s.bucket.operators.grad_norm(s.grads, s.params, s.layouts, bool(s.bucket.settings.adaptive))
+            for s in selections
         ]
     if len(norms) == 1:
         return norms[0]
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return torch.linalg.vector_norm(torch.stack([_on(norms[0].device, norm) for norm in norms]))
 
 
 def perturb(selections: Sequence[Selection], moved: list[Selection]) -> Tensor:
@@ -34,17 +36,18 @@ def perturb(selections: Sequence[Selection], moved: list[Selection]) -> Tensor:
     total = selections[0].bucket.norm if measure else norm(selections)
     with explaining_refusals(selections):
         for selection in selections:
-            group, bucket = selection.group, selection.bucket
+            bucket = selection.bucket
             bucket.operators.perturb_(
                 selection.params,
                 selection.grads,
                 bucket.backup,
                 selection.offsets,
+                selection.rows,
+                selection.layouts,
                 _on(bucket.device, total),
                 measure,
-                group["rho"],
-                group["adaptive"],
-                group["maximize"],
+                bucket.table.values,
+                bucket.settings,
             )
             moved.append(selection)
             increment_version(selection.params)
@@ -75,35 +78,31 @@ def swap_with_backup(selections: Sequence[Selection]) -> None:
     forget_copies()
 
 
-def back_up(selections: Sequence[Selection]) -> None:
-    """backup <- w, where no perturbation did so."""
-    for selection in selections:
-        torch._foreach_copy_(selection.backups(), list(selection.params))
-
-
 def update(
     selections: Sequence[Selection], products: Products, first_norm: Tensor, perturbed: bool, losses: Sequence[Tensor]
 ) -> None:
-    """From w, as the backup has it, to the new weights in every bucket; wrong scalars are found before one is written.
+    """From w to the new weights in every bucket; wrong scalars are found before one is written.
 
     Where anything is not finite, weights and averages stay as they are, and the step is marked as skipped.
 
     Args:
         products: the Hessian estimates of each selection; none on a lazy step.
         first_norm: the norm of the first pass's gradients.
-        perturbed: whether these gradients are those of a second pass, which nobody has looked at yet.
+        perturbed: whether w is in the backup, and these gradients are those of a second pass, which nobody has looked
+            at yet.
         losses: of every pass.
     """
-    lrs = [s.group["lr"] for s in selections if isinstance(s.group["lr"], Tensor)]
-    guards = [first_norm, *(_guard(scalar) for scalar in (*losses, *lrs))]
+    guards = [first_norm, *map(_guard, losses)]
+    for table in [selection.bucket.table for selection in selections if selection.bucket.table.rates]:
+        guards.append(table.take_in_rates())
     # Of several buckets none may be written before all are known to be finite; of a single one, update_ finds out.
     guard_grads = perturbed and len(selections) == 1
     if not guard_grads:
         guards += [norm(selections)] if perturbed else []
-        guards += [s.bucket.operators.grad_norm(p, (), False) for s, p in zip(selections, products, strict=False)]
+        guards += [s.bucket.operators.grad_norm(p, (), None, False) for s, p in zip(selections, products, strict=False)]
     with explaining_refusals(selections):
         updates = [
-            _prepared_update(selection, products[i] if products else (), guards, guard_grads)
+            _prepared_update(selection, products[i] if products else (), guards, guard_grads, perturbed)
             for i, selection in enumerate(selections)
         ]
         for selection, run in zip(selections, updates, strict=True):
@@ -113,44 +112,36 @@ def update(
 
 
 def _prepared_update(
-    selection: Selection, products: Sequence[Tensor], guards: Sequence[Tensor], guard_grads: bool
+    selection: Selection, products: Sequence[Tensor], guards: Sequence[Tensor], guard_grads: bool, backed_up: bool
 ) -> Callable[[], None]:
-    group, bucket, lr = selection.group, selection.bucket, selection.group["lr"]
-    is_tensor = isinstance(lr, Tensor)
-    beta1, beta2 = group["betas"]
+    bucket = selection.bucket
     arguments = (
         selection.params,
         selection.grads,
         products,
-        bucket.backup,
+        bucket.backup if backed_up else None,
         bucket.exp_avg,
         bucket.exp_hessian,
         bucket.counts,
         bucket.skipped,
         selection.offsets,
         selection.rows,
+        selection.layouts,
         [_on(bucket.device, guard) for guard in guards],
         guard_grads,
-        _on(bucket.device, lr) if is_tensor else None,
-        0.0 if is_tensor else float(lr),
-        beta1,
-        beta2,
-        float(group["eps"]),
-        float(group["weight_decay"]),
-        float(group["hessian_power"]),
-        BIAS_CORRECTIONS.index(group["bias_correction"]),
-        group["maximize"],
+        bucket.table.values,
+        bucket.settings,
     )
     return lambda: bucket.operators.update_(*arguments)
 
 
 def _on(device: torch.device, scalar: Tensor) -> Tensor:
-    return scalar if scalar.device == device else scalar.to(device, non_blocking=True)
+    return scalar if scalar.device == device else sent(device, scalar)
 
 
 def _guard(scalar: Tensor) -> Tensor:
     """A scalar as update_ takes it; a closure that runs backward itself may return a loss of any dtype."""
-    return (scalar if scalar.dtype in DTYPES else scalar.double()).reshape(())
+    return (scalar if scalar.dtype in DTYPES else scalar.to(wide_dtype(scalar.device))).reshape(())
 
 
 # A class, since a generator under contextmanager costs five times as much in every step.
@@ -167,4 +158,4 @@ class explaining_refusals:
         if kind is not None and issubclass(kind, (RuntimeError, TypeError, ValueError)):
             for selection in self._selections:
                 check_gradients(selection.params, selection.grads)
-                selection.check_shapes()
+                selection.check_current()

@@ -51,6 +51,22 @@ class Run:
     def __post_init__(self) -> None:
         self.uninterrupted = uninterrupted(self)
 
+    def accept(self, groups: Groups, movable: bool) -> None:
+        """Checks the groups, and takes in what they say.
+
+        Args:
+            movable: whether the state may be laid out anew for it.
+
+        Raises:
+            TypeError, ValueError: a hyperparameter is refused.
+        """
+        self.accepted.accept(groups, has_state=bool(self.flat.buckets))
+        try:
+            self.flat.take_in_groups(movable)
+        except ValueError:
+            self.accepted.values = []  # so that nobody takes them for accepted
+            raise
+
     @property
     def perturbed(self) -> bool:
         """Whether the weights are at w'."""

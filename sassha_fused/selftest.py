@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .checks import BIAS_CORRECTIONS, DTYPES
-from .flat import Bucket, Member
+from .bucket import Bucket, Member
+from .checks import DTYPES
 from .layout import view_of
 from .ops import Operators, available_backends, operators
 
@@ -23,7 +23,17 @@ SIZES = (0, 1, 7, 16, 33, 63, 64, 65, 255, 1023, 16383, 16385, 70001)
 # In units in the last place of each value or of 1, the size of the terms it is summed from, whichever is larger.
 TOLERANCE_ULP = 8.0
 
-HYPERPARAMETERS = (0.15, 0.9, 0.999, 1e-4, 0.01)  # lr, beta1, beta2, eps, weight_decay
+HYPERPARAMETERS = {
+    "lr": 0.15,
+    "betas": (0.9, 0.999),
+    "eps": 1e-4,
+    "weight_decay": 0.01,
+    "rho": 0.2,
+    "hessian_power": 0.5,
+    "adaptive": False,
+    "maximize": False,
+    "bias_correction": "step",
+}
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,10 @@ class _Case:
         self.grads = [random(size).to(device, target) for size in SIZES]
         self.products = [random(size).to(device, target) for size in SIZES]
         starts = [sum(SIZES[:i]) for i in range(len(SIZES))]
-        members = [Member(param, start) for param, start in zip(params, starts, strict=True)]
-        self.bucket = Bucket({}, members, [{} for _ in members], "eager")
+        # Of two groups, as every other parameter of the optimizer may be.
+        groups = (HYPERPARAMETERS, {**HYPERPARAMETERS, "lr": 0.05, "weight_decay": 0.0, "rho": 0.5})
+        members = [Member(p, groups[i % 2], start) for i, (p, start) in enumerate(zip(params, starts, strict=True))]
+        self.bucket = Bucket(members, [{} for _ in members], "eager")
         self.bucket.exp_avg.copy_(random(self.bucket.exp_avg.numel()).float())
         self.bucket.exp_hessian.copy_(random(self.bucket.exp_hessian.numel()).float().abs())
         self.bucket.counts.fill_(3)
@@ -66,14 +78,25 @@ class _Case:
 
 def _grad_norm(case: _Case, backend: Operators) -> list[Tensor]:
     params = case.bucket.params
-    return [backend.grad_norm(case.grads, params, False), backend.grad_norm(case.grads, params, True)]
+    return [backend.grad_norm(case.grads, params, case.bucket.layouts, adaptive) for adaptive in (False, True)]
 
 
 def _perturb(measure: bool) -> Callable[[_Case, Operators], list[Tensor]]:
     def run(case: _Case, backend: Operators) -> list[Tensor]:
         bucket = case.bucket
         norm = torch.tensor(7.0, dtype=torch.float64, device=bucket.device)
-        backend.perturb_(bucket.params, case.grads, bucket.backup, bucket.offsets, norm, measure, 0.2, False, False)
+        backend.perturb_(
+            bucket.params,
+            case.grads,
+            bucket.backup,
+            bucket.offsets,
+            bucket.rows,
+            bucket.layouts,
+            norm,
+            measure,
+            bucket.table.values,
+            bucket.settings,
+        )
         backups = [view_of(bucket.backup, offset, p) for offset, p in zip(bucket.offsets, bucket.params, strict=True)]
         return [*bucket.params, *backups, norm]
 
@@ -83,7 +106,7 @@ def _perturb(measure: bool) -> Callable[[_Case, Operators], list[Tensor]]:
 def _rademacher(case: _Case, backend: Operators) -> list[Tensor]:
     bucket = case.bucket
     signs = [torch.empty_like(param) for param in bucket.params]
-    backend.rademacher_(signs, bucket.everything.indices, 2**40 + 1, bucket.evaluation.fill_(3), 1)
+    backend.rademacher_(signs, bucket.indices, 2**40 + 1, bucket.evaluation.fill_(3), 1)
     return signs
 
 
@@ -91,9 +114,7 @@ def _hutchinson(case: _Case, backend: Operators) -> list[Tensor]:
     bucket = case.bucket
     estimate = torch.zeros_like(bucket.exp_hessian)
     for sample in range(3):
-        backend.hutchinson_(
-            case.products, estimate, bucket.offsets, bucket.everything.indices, 5, bucket.evaluation, sample, 3
-        )
+        backend.hutchinson_(case.products, estimate, bucket.offsets, bucket.indices, 5, bucket.evaluation, sample, 3)
     return [estimate]
 
 
@@ -115,14 +136,12 @@ def _update(hessian: bool, spoilt: bool = False) -> Callable[[_Case, Operators],
             bucket.counts,
             bucket.skipped,
             bucket.offsets,
-            bucket.everything.rows,
+            bucket.rows,
+            bucket.layouts,
             guards,
             True,
-            None,
-            *HYPERPARAMETERS,
-            0.5,
-            BIAS_CORRECTIONS.index("step"),
-            False,
+            bucket.table.values,
+            bucket.settings,
         )
         return [*bucket.params, bucket.exp_avg, bucket.exp_hessian, bucket.counts, bucket.skipped]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from .checks import BIAS_CORRECTIONS
 
 
@@ -38,8 +40,14 @@ class Settings(NamedTuple):
 
 
 class RowSettings(NamedTuple):
-    """What each parameter has of its own: a row of per_row, float64 ``[rows, 3]`` (float32 where a device has no other)."""
+    """What each parameter has of its own: a row of per_row, ``[rows, 3]`` in the widest dtype of the device."""
 
     lr: float
     weight_decay: float
     rho: float
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> RowSettings:
+        """Those of a parameter group; of a learning rate that is a tensor, which the host must not wait for, 0."""
+        lr = group["lr"]
+        return cls(0.0 if isinstance(lr, Tensor) else float(lr), float(group["weight_decay"]), float(group["rho"]))

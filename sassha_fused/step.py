@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
 
@@ -49,7 +50,7 @@ class Step:
         # Weakly: run owns the step, and an optimizer that is dropped at w' takes its step along.
         self._run: Run = weakref.proxy(run)
         self.groups = groups
-        self._check_groups()
+        self._accept_groups(movable=True)
         self._single = run.accepted.single
         self.perturbed = False
         self.curvature: Curvature | None = None
@@ -63,10 +64,10 @@ class Step:
         """Makes the step whose first gradients are in .grad, and takes it to w'."""
         cls(run, groups).perturb()
 
-    def _check_groups(self) -> None:
-        accepted, values = self._run.accepted, [value for group in self.groups for value in values_of(group)]
-        if len(values) != len(accepted.values) or not all(map(is_, values, accepted.values)):
-            accepted.accept(self.groups, has_state=bool(self._run.flat.buckets))
+    def _accept_groups(self, movable: bool) -> None:
+        values, accepted = list(chain.from_iterable(map(values_of, self.groups))), self._run.accepted.values
+        if len(values) != len(accepted) or not all(map(is_, values, accepted)):
+            self._run.accept(self.groups, movable)
 
     # ---------------------------------------------------------------- the way there
 
@@ -148,7 +149,7 @@ class Step:
 
     def finish(self, losses: Sequence[Tensor] = ()) -> None:
         """From the gradients of the last pass to the new weights: Hessian products, checks, and the update."""
-        self._check_groups()
+        self._accept_groups(movable=not self._moved)
         selections = self._perturbed_and_back() if self._moved else self._with_current(self._at_w)
         if not selections or self._norm is None:
             return self.end()
@@ -159,14 +160,11 @@ class Step:
             selections = [selection.with_grads(list(map(_grad, selection.params))) for selection in selections]
         products = self.curvature.products_of(selections) if self.curvature is not None else ()
         with self._run.uninterrupted:
-            if self._moved:
-                self._put_back_all_but(selections)
-            else:
-                passes.back_up(selections)
+            self._put_back_all_but(selections)
             try:
                 passes.update(selections, products, self._norm, bool(self._moved), losses)
             except BaseException:
-                self.put_back(self._moved or selections)
+                self.put_back(self._moved)
                 self.perturbed = False
                 # Should one bucket's update have gone through before another's failed, its state knows its counts.
                 self._run.flat.forget()
@@ -291,7 +289,7 @@ class Step:
 
     def _put_back_all_but(self, selections: Sequence[Selection]) -> None:
         """Restores what was perturbed and has no second gradient; the update restores the others itself."""
-        if [len(s.params) for s in selections] == [len(s.params) for s in self._moved]:
+        if not self._moved or [len(s.params) for s in selections] == [len(s.params) for s in self._moved]:
             return
         updated = {param for selection in selections for param in selection.params}
         for selection in self._moved if self.perturbed else ():

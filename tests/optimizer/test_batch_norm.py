@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sassha_fused import Sassha, running_stats_once
-from sassha_fused.flat import Bucket
+from sassha_fused.bucket import Bucket
 from tests.support.problems import BACKENDS, STYLES, assert_same, backward, single_threaded
 
 one_thread = pytest.fixture(autouse=True)(single_threaded)

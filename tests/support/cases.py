@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import sassha_fused.flat
+import sassha_fused.bucket
 from tests.support.reference import memory_order, ulp
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -264,8 +264,8 @@ class Recorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.products: dict[Tensor, Tensor] = {}
-        original = sassha_fused.flat.operators
-        monkeypatch.setattr(sassha_fused.flat, "operators", lambda *arguments: self._wrap(original(*arguments)))
+        original = sassha_fused.bucket.operators
+        monkeypatch.setattr(sassha_fused.bucket, "operators", lambda *arguments: self._wrap(original(*arguments)))
 
     def _wrap(self, operators: Any) -> Any:
         def update_(params: list[Tensor], grads: list[Tensor], products: list[Tensor], *rest: Any) -> None:

@@ -1,0 +1,256 @@
+"""State lies flat across groups: what they share, what each parameter has of its own, and edits of either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sassha_fused import Sassha, flat
+from sassha_fused.bucket import Bucket
+from tests.support.kinds import assert_goes_on
+from tests.support.problems import ALL_STYLES, BACKENDS, Problem, assert_same, single_threaded, weights
+
+one_thread = pytest.fixture(autouse=True)(single_threaded)
+both_backends = pytest.mark.parametrize("backend", BACKENDS)
+each_style = pytest.mark.parametrize("style", ALL_STYLES)
+
+# What a table has a column for, or what no kernel knows of.
+OWN: list[dict[str, Any]] = [{"lr": 0.01}, {"lr": torch.tensor(0.01)}, {"weight_decay": 0.3}, {"rho": 0.0}, {"rho": 1.0}]
+SHARED: list[dict[str, Any]] = [
+    {"betas": (0.5, 0.9)},
+    {"eps": 0.1},
+    {"hessian_power": 1.0},
+    {"adaptive": True},
+    {"maximize": True},
+    {"bias_correction": "update"},
+]
+
+
+class ManyGroups:
+    """Parameters in groups with options of their own, and a loss that ties them together."""
+
+    def __init__(self, options: list[dict[str, Any]], backend: str = "cpu", **shared: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.params = [nn.Parameter(torch.randn(3, i + 1, generator=generator) / 2) for i in range(len(options))]
+        groups = [{"params": [param], **own} for param, own in zip(self.params, options)]
+        self.opt = Sassha(groups, **{"lr": 0.03, "hessian_interval": 3, "backend": backend, **shared})
+
+    def loss(self) -> Tensor:
+        rows = torch.stack([param.sum(1) for param in self.params]).sum(0)
+        return (rows - 1).square().sum() + sum((param**4).sum() for param in self.params)
+
+    def train(self, count: int, style: str = "closure") -> ManyGroups:
+        for _ in range(count):
+            self.opt.zero_grad()
+            ALL_STYLES[style](self.opt, self.loss)
+        return self
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        return self.opt._run.flat.buckets
+
+    def everything(self) -> list[Any]:
+        state = self.opt.state_dict()["state"]
+        return [weights(self.params), state]
+
+
+def in_buckets_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has every group lie by itself."""
+    original = flat._members
+
+    def apart(*arguments: Any) -> list[Any]:
+        return [[member] for members in original(*arguments) for member in members]
+
+    monkeypatch.setattr(flat, "_members", apart)
+
+
+@pytest.mark.parametrize("own", OWN, ids=str)
+def test_what_each_parameter_has_of_its_own_takes_no_more_buckets(own: dict[str, Any]) -> None:
+    assert len(ManyGroups([{}, own, {}, own]).train(1).buckets) == 1
+
+
+@pytest.mark.parametrize("option", SHARED, ids=str)
+def test_groups_that_differ_in_more_lie_by_themselves_across_the_groups_between(option: dict[str, Any]) -> None:
+    assert [len(b.params) for b in ManyGroups([{}, option, {}, option, {}]).train(1).buckets] == [3, 2]
+
+
+@both_backends
+@each_style
+def test_groups_together_take_the_steps_of_groups_by_themselves(
+    backend: str, style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [{}, *OWN, *OWN[::-1]]
+    together = ManyGroups(options, backend).train(5, style)
+    assert len(together.buckets) == 1
+    in_buckets_of_their_own(monkeypatch)
+    # The norm is summed bucket by bucket then: equal up to its last bits, which float32 weights do not show.
+    alone = ManyGroups(options, backend).train(5, style)
+    assert len(alone.buckets) == len(options)
+    assert_same(together.everything(), alone.everything())
+
+
+@both_backends
+def test_a_scheduler_of_what_groups_share_moves_no_state(backend: str) -> None:
+    problem = ManyGroups([{}, {"lr": 0.01}], backend).train(1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        problem.opt, max_lr=[0.1, 0.03], total_steps=20, cycle_momentum=True, base_momentum=0.8, max_momentum=0.95
+    )
+    kept = problem.buckets[0]
+    betas = set()
+    for _ in range(6):
+        problem.train(1)
+        betas.add(problem.opt.param_groups[0]["betas"])
+        assert kept.settings.beta1 == problem.opt.param_groups[0]["betas"][0]
+        assert [row[0] for row in kept.table.values.tolist()] == [g["lr"] for g in problem.opt.param_groups]
+        scheduler.step()
+    assert len(betas) == 6 and problem.buckets == [kept]
+
+
+@both_backends
+@pytest.mark.parametrize("option", SHARED[:-1], ids=str)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_groups_that_come_to_differ_take_their_state_along(
+    backend: str, steps: int, option: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(apart: bool) -> list[Any]:
+        with pytest.MonkeyPatch.context() as patch:
+            if apart:
+                in_buckets_of_their_own(patch)
+            problem = ManyGroups([{}, {"lr": 0.01}, {}], backend).train(steps)
+            problem.opt.param_groups[1].update(option)
+            problem.train(4)
+            assert len(problem.buckets) == (3 if apart else 2)
+            return problem.everything()
+
+    assert_same(run(False), run(True))
+
+
+@each_style
+@pytest.mark.parametrize("option", SHARED[:-1], ids=str)
+def test_an_edit_between_the_passes_that_would_part_groups_is_refused(style: str, option: dict[str, Any]) -> None:
+    problem = Problem().train(1)
+    expected = Problem().train(1).snapshot()
+    kept = dict(problem.opt.param_groups[1])
+
+    def edited() -> Tensor:
+        if problem.opt.perturbed:
+            problem.opt.param_groups[1].update(option)
+        return problem.loss()
+
+    problem.opt.zero_grad()
+    with pytest.raises(ValueError, match="between perturb\\(\\) and step\\(\\): edit groups before perturb"):
+        ALL_STYLES[style](problem.opt, edited)
+    problem.opt.param_groups[1].update(kept)
+    assert_same(problem.snapshot()["weights"], expected["weights"])
+    problem.opt.zero_grad()
+    assert_goes_on(problem, 3)
+
+
+@both_backends
+def test_an_edit_of_all_groups_between_the_passes_counts(backend: str) -> None:
+    problem, other = (Problem(backend).train(1) for _ in range(2))
+    for each in (problem, other):
+        if each is other:
+            for group in each.opt.param_groups:
+                group["betas"] = (0.5, 0.9)
+        each.perturb()
+        if each is problem:
+            for group in each.opt.param_groups:
+                group["betas"] = (0.5, 0.9)
+        each.loss().backward()
+        each.opt.step()
+    assert_same(problem.params, other.params)
+
+
+@both_backends
+@pytest.mark.parametrize("between", [False, True])
+def test_a_learning_rate_edited_at_any_time_is_that_of_the_next_update(backend: str, between: bool) -> None:
+    problem, expected = ManyGroups([{}, {}], backend).train(1), ManyGroups([{}, {"lr": 0.01}], backend)
+    expected.opt.param_groups[1]["lr"] = 0.03
+    expected.train(1).opt.param_groups[1]["lr"] = 0.01
+    for each in (problem, expected):
+        each.opt.zero_grad()
+        each.loss().backward()
+        if each is problem and not between:
+            each.opt.param_groups[1]["lr"] = 0.01
+        each.opt.perturb()
+        if each is problem and between:
+            each.opt.param_groups[1]["lr"] = 0.01
+        each.loss().backward()
+        each.opt.step()
+    assert_same(problem.everything(), expected.everything())
+
+
+@both_backends
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_learning_rates_in_tensors_count_as_they_are_when_the_step_is_taken(backend: str, dtype: torch.dtype) -> None:
+    rates = [torch.tensor(0.03125), torch.tensor([0.0625], dtype=dtype), torch.tensor(0.125, dtype=torch.float64)]
+    options: list[dict[str, Any]] = [{"lr": rates[0]}, {}, {"lr": rates[1]}, {"lr": 0.015625}, {"lr": rates[2]}]
+    in_tensors = ManyGroups(options, backend)
+    as_numbers = ManyGroups([{"lr": float(own.get("lr", 0.03))} for own in options], backend)
+    for _ in range(4):
+        in_tensors.train(1)
+        as_numbers.train(1)
+        for rate in rates:
+            rate.mul_(0.5)
+        for group, i in zip(as_numbers.opt.param_groups, (0, None, 1, None, 2)):
+            group["lr"] = float(rates[i]) if i is not None else group["lr"]
+    assert_same(in_tensors.everything(), as_numbers.everything())
+
+
+@both_backends
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("in_other_bucket", [False, True])
+def test_one_bad_learning_rate_skips_the_step_of_all_groups(backend: str, bad: float, in_other_bucket: bool) -> None:
+    rate = torch.tensor(0.01)
+    problem = ManyGroups([{}, {"lr": rate, "eps": 0.01} if in_other_bucket else {"lr": rate}, {}], backend).train(2)
+    before = problem.everything()
+    # Into a tensor on a device the host does not look; on the CPU it would have been refused.
+    skipping: Callable[[], Any] = lambda: rate.fill_(bad)  # noqa: E731
+    problem.opt.zero_grad()
+    problem.loss().backward()
+    problem.opt.perturb()
+    skipping()
+    problem.loss().backward()
+    problem.opt.step()
+    assert problem.opt.skipped_steps == 1
+    assert_same(problem.everything(), before)
+
+
+def test_the_lists_of_a_pass_are_kept_while_the_same_parameters_take_part() -> None:
+    problem = ManyGroups([{}] * 6)
+    for param in problem.params[1::2]:
+        param.requires_grad_(False)
+    problem.train(1)
+    for param in problem.params[1::2]:
+        param.requires_grad_(True)
+    problem.train(1)
+    for param in problem.params[1::2]:
+        param.requires_grad_(False)
+    problem.train(1)
+    run = problem.opt._run
+
+    def selected() -> Any:
+        problem.opt.zero_grad()
+        problem.loss().backward()
+        (selection,) = run.flat.select(problem.opt.param_groups, run.states, run.counts.catch_up)
+        return selection
+
+    first, second = selected(), selected()
+    assert first.rows == [0, 2, 4] and first.layouts is second.layouts and first.rows is second.rows
+    problem.params[1].requires_grad_(True)
+    third = selected()
+    assert third.rows == [0, 1, 2, 4] and len(third.layouts) == 4
+
+
+@both_backends
+def test_without_a_perturbation_no_backup_is_ever_made(backend: str) -> None:
+    problem = ManyGroups([{}, {"lr": 0.01}], backend, rho=0.0).train(4)
+    assert "backup" not in vars(problem.buckets[0])
+    problem.opt.param_groups[0]["rho"] = 0.1
+    problem.train(1)
+    assert "backup" in vars(problem.buckets[0])
