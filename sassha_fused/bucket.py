@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import layouts_of, state_dtype, view_of, wide_dtype
+from .layout import layouts_of, part_of, state_dtype, view_of, wide_dtype
 from .ops import Operators, operators
 from .parameter_state import check_shape
 from .row_table import RowTable
@@ -18,6 +18,9 @@ from .settings import Settings
 
 # The state of a parameter starts at a multiple of this many elements: 256 bytes in the narrowest dtype.
 ALIGNMENT = 128
+
+# How many parameters of a list tell for all of them whether somebody has written to them.
+_TELLING = 16
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Bucket:
                     view.copy_(torch.as_tensor(state[name]))
         self.rows = list(range(len(members)))
         self.without_hessian = set(self.rows)
+        self.telling = telling_of(len(members))
         self.indices = [member.index for member in members]
         self._own_layouts = [(param.shape, param.stride()) for param in self.params]
 
@@ -92,6 +96,10 @@ class Bucket:
             "exp_hessian": view_of(self.exp_hessian, offset, param),
         }
 
+    def backup_of(self, row: int) -> Tensor:
+        """One parameter's part of the backup, as it lies there whatever has become of the parameter since."""
+        return part_of(self.backup, self.offsets[row], *self._own_layouts[row])
+
     def is_current(self, row: int) -> bool:
         """Whether a parameter still is as its state was made: model.to(...) moves parameters in place."""
         param = self.params[row]
@@ -107,6 +115,11 @@ class Bucket:
                 f"a parameter of shape {tuple(shape)} now has the strides {param.stride()}, but its state was made for "
                 f"{stride}: change the memory format of a model before perturb() or after step()"
             )
+
+
+def telling_of(count: int) -> list[int]:
+    """Some of so many positions, for to ask or to mark all takes a tenth of a lazy step. Who loads weights writes all."""
+    return sorted({i * (count - 1) // (_TELLING - 1) for i in range(_TELLING)})
 
 
 def _offsets(params: Sequence[Tensor]) -> tuple[list[int], int]:

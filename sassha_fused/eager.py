@@ -65,7 +65,7 @@ def perturb_(
     if measure:
         norm.copy_(grad_norm(grads, params, None, bool(shared.adaptive)))
     finite = torch.isfinite(norm)
-    factors = per_row[:, RowSettings._fields.index("rho")] * (1 / (norm + 1e-12))
+    factors = per_row.select(1, RowSettings._fields.index("rho")) * (1 / (norm + 1e-12))
     results, backups = [], [view_of(backup, offset, w) for w, offset in zip(params, offsets, strict=True)]
     for w, g, row in zip(params, grads, rows, strict=True):
         dtype = state_dtype(w)

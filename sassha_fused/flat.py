@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bucket import Bucket, Member
+from .bucket import Bucket, Member, telling_of
 from .checks import check_gradients, check_parameter
-from .layout import view_of
 from .parameter_state import States, complete_state
 from .settings import Settings
 
@@ -25,7 +24,11 @@ _params, _grad = itemgetter("params"), attrgetter("grad")
 
 @dataclass
 class Selection:
-    """Some parameters of a bucket, by their rows, and their gradients of one pass."""
+    """Some parameters of a bucket, by their rows, and their gradients of one pass.
+
+    Attributes:
+        telling: positions of a few that tell for all whether somebody has written to them.
+    """
 
     bucket: Bucket
     params: Sequence[Tensor]
@@ -34,11 +37,14 @@ class Selection:
     rows: Sequence[int]
     indices: Sequence[int]
     layouts: Tensor
+    telling: Sequence[int]
 
     @classmethod
     def of(cls, bucket: Bucket) -> Selection:
         """All parameters of a bucket, without gradients."""
-        return cls(bucket, bucket.params, (), bucket.offsets, bucket.rows, bucket.indices, bucket.layouts)
+        return cls(
+            bucket, bucket.params, (), bucket.offsets, bucket.rows, bucket.indices, bucket.layouts, bucket.telling
+        )
 
     def at(self, positions: Sequence[int]) -> Selection:
         """The parameters at these positions of this selection, without gradients."""
@@ -50,11 +56,13 @@ class Selection:
             [self.rows[i] for i in positions],
             [self.indices[i] for i in positions],
             self.layouts[list(positions)],
+            telling_of(len(positions)),
         )
 
     def with_grads(self, grads: Sequence[Tensor]) -> Selection:
         """The same parameters with these gradients."""
-        return Selection(self.bucket, self.params, grads, self.offsets, self.rows, self.indices, self.layouts)
+        lists = (self.offsets, self.rows, self.indices, self.layouts, self.telling)
+        return Selection(self.bucket, self.params, grads, *lists)
 
     def with_gradients(self, last: Selection | None = None) -> Selection:
         """What of these has a gradient now, with it.
@@ -71,7 +79,7 @@ class Selection:
 
     def backups(self) -> list[Tensor]:
         """The stretches of the bucket's backup that belong to these parameters."""
-        return [view_of(self.bucket.backup, o, p) for o, p in zip(self.offsets, self.params, strict=True)]
+        return list(map(self.bucket.backup_of, self.rows))
 
     def lacks_hessian(self) -> bool:
         """Whether one of these parameters has never had a Hessian."""

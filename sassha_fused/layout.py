@@ -8,16 +8,21 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+# The types of devices that have no float64 at all.
+WITHOUT_FLOAT64 = ("mps",)
+
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill their memory without gaps or overlap, in whatever order of dimensions."""
-    if tensor.is_contiguous():
-        return True
+    return tensor.is_contiguous() or _fills_memory(tensor.shape, tensor.stride())
+
+
+def _fills_memory(shape: Sequence[int], stride: Sequence[int]) -> bool:
     expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for step, size in sorted(zip(stride, shape, strict=True)):
         if size == 1:
             continue
-        if stride != expected:
+        if step != expected:
             return False
         expected *= size
     return True
@@ -31,10 +36,15 @@ def empty_dense(param: Tensor) -> Tensor:
 
 def view_of(flat: Tensor, offset: int, param: Tensor) -> Tensor:
     """The part of a flat buffer that belongs to a parameter, with its shape, element for element in its order."""
-    part = flat[offset : offset + param.numel()]
-    if not is_dense(param):
-        return part.view(param.shape)
-    return part.as_strided(param.shape, param.stride(), part.storage_offset())
+    return part_of(flat, offset, param.shape, param.stride())
+
+
+def part_of(flat: Tensor, offset: int, shape: torch.Size, stride: Sequence[int]) -> Tensor:
+    """The part that belongs to a parameter of this shape and these strides."""
+    part = flat[offset : offset + shape.numel()]
+    if not _fills_memory(shape, stride):
+        return part.view(shape)
+    return part.as_strided(shape, stride, part.storage_offset())
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -49,7 +59,7 @@ def has_memory(tensor: Tensor) -> bool:
 
 def lacks_float64(device: torch.device) -> bool:
     """Whether the device has no float64 at all."""
-    return device.type == "mps"
+    return device.type in WITHOUT_FLOAT64
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -30,29 +30,39 @@ def norm(selections: Sequence[Selection]) -> Tensor:
 
 
 def perturb(selections: Sequence[Selection], moved: list[Selection]) -> Tensor:
-    """w -> w' in every bucket; returns N. Lists what has moved in moved, also where a later bucket fails."""
+    """w -> w' in every bucket, w in the backup; returns N. Lists what has moved, also where a later bucket fails."""
     # perturb_ takes the norm of a single bucket itself; of several, it is taken before any of them is written.
     measure = len(selections) == 1
     total = selections[0].bucket.norm if measure else norm(selections)
     with explaining_refusals(selections):
         for selection in selections:
-            bucket = selection.bucket
-            bucket.operators.perturb_(
-                selection.params,
-                selection.grads,
-                bucket.backup,
-                selection.offsets,
-                selection.rows,
-                selection.layouts,
-                _on(bucket.device, total),
-                measure,
-                bucket.table.values,
-                bucket.settings,
-            )
+            _perturb(selection, _on(selection.bucket.device, total), measure)
             moved.append(selection)
             increment_version(selection.params)
             forget_copies()
     return total
+
+
+def back_up(selections: Sequence[Selection]) -> None:
+    """backup <- w, where nothing was perturbed: what perturb_ does where the norm is not finite."""
+    for selection in selections:
+        _perturb(selection, torch.full_like(selection.bucket.norm, torch.inf), measure=False)
+
+
+def _perturb(selection: Selection, norm: Tensor, measure: bool) -> None:
+    bucket = selection.bucket
+    bucket.operators.perturb_(
+        selection.params,
+        selection.grads,
+        bucket.backup,
+        selection.offsets,
+        selection.rows,
+        selection.layouts,
+        norm,
+        measure,
+        bucket.table.values,
+        bucket.settings,
+    )
 
 
 def put_back(selections: Sequence[Selection]) -> None:
@@ -79,7 +89,12 @@ def swap_with_backup(selections: Sequence[Selection]) -> None:
 
 
 def update(
-    selections: Sequence[Selection], products: Products, first_norm: Tensor, perturbed: bool, losses: Sequence[Tensor]
+    selections: Sequence[Selection],
+    products: Products,
+    first_norm: Tensor,
+    perturbed: bool,
+    backed_up: bool,
+    losses: Sequence[Tensor],
 ) -> None:
     """From w to the new weights in every bucket; wrong scalars are found before one is written.
 
@@ -88,8 +103,8 @@ def update(
     Args:
         products: the Hessian estimates of each selection; none on a lazy step.
         first_norm: the norm of the first pass's gradients.
-        perturbed: whether w is in the backup, and these gradients are those of a second pass, which nobody has looked
-            at yet.
+        perturbed: whether these gradients are those of a second pass, which nobody has looked at yet.
+        backed_up: whether w is in the backup; else it is in the parameters.
         losses: of every pass.
     """
     guards = [first_norm, *map(_guard, losses)]
@@ -102,7 +117,7 @@ def update(
         guards += [s.bucket.operators.grad_norm(p, (), None, False) for s, p in zip(selections, products, strict=False)]
     with explaining_refusals(selections):
         updates = [
-            _prepared_update(selection, products[i] if products else (), guards, guard_grads, perturbed)
+            _prepared_update(selection, products[i] if products else (), guards, guard_grads, backed_up)
             for i, selection in enumerate(selections)
         ]
         for selection, run in zip(selections, updates, strict=True):

@@ -70,5 +70,5 @@ class RowTable:
         """
         device = self.values.device
         rates = torch.cat([sent(device, lr.detach().reshape(1)) for lr in self.rates]).to(self.values.dtype)
-        self.values[:, _LR].index_copy_(0, self._rated_rows, rates.index_select(0, self._rate_of_row))
+        self.values.select(1, _LR).index_copy_(0, self._rated_rows, rates.index_select(0, self._rate_of_row))
         return rates.sum()

@@ -24,13 +24,12 @@ from .run import Run
 _grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
 
 
-# Two of each bucket tell for all: to ask or to mark all takes a tenth of a lazy step, and who loads weights writes all.
-def _ends_of(selections: Sequence[Selection]) -> list[Tensor]:
-    return [grad for selection in selections for grad in (selection.grads[0], selection.grads[-1])]
+def _telling_grads(selections: Sequence[Selection]) -> list[Tensor]:
+    return [selection.grads[i] for selection in selections for i in selection.telling]
 
 
 def _versions_of(selections: Sequence[Selection]) -> list[int]:
-    return [param._version for selection in selections for param in (selection.params[0], selection.params[-1])]
+    return [selection.params[i]._version for selection in selections for i in selection.telling]
 
 
 class Step:
@@ -122,8 +121,8 @@ class Step:
             raise
 
     def _perturb(self, selections: list[Selection]) -> Tensor | None:
-        if any(hasattr(grad, "_used_in_version") for grad in _ends_of(selections)):
-            refuse_used(_ends_of(selections), "perturb()")
+        if any([hasattr(grad, "_used_in_version") for grad in _telling_grads(selections)]):
+            refuse_used(_telling_grads(selections), "perturb()")
         if not selections:
             return None
         try:
@@ -161,15 +160,19 @@ class Step:
         products = self.curvature.products_of(selections) if self.curvature is not None else ()
         with self._run.uninterrupted:
             self._put_back_all_but(selections)
+            # Of several buckets the update of one may go through before another's fails.
+            backed_up = self._moved or (selections if len(selections) > 1 else ())
+            if not self._moved:
+                passes.back_up(backed_up)
             try:
-                passes.update(selections, products, self._norm, bool(self._moved), losses)
+                passes.update(selections, products, self._norm, bool(self._moved), bool(backed_up), losses)
             except BaseException:
-                self.put_back(self._moved)
+                self.put_back(backed_up)
                 self.perturbed = False
                 # Should one bucket's update have gone through before another's failed, its state knows its counts.
                 self._run.flat.forget()
                 raise
-            for grad in _ends_of(selections):
+            for grad in _telling_grads(selections):
                 grad._used_in_version = grad._version  # type: ignore[attr-defined]
             for selection in selections:
                 selection.grads = ()
@@ -196,7 +199,7 @@ class Step:
 
     def _at_w(self, selections: list[Selection]) -> list[Selection]:
         """The parameters that have a gradient of the only pass."""
-        refuse_used(_ends_of(selections), "step()")
+        refuse_used(_telling_grads(selections), "step()")
         # Refuses what does not fit, as where a part of the model has moved.
         self._norm = passes.norm(selections) if selections else None
         due = self._run.counts.next_is_scheduled(self.groups[0]) or any(s.lacks_hessian() for s in selections)

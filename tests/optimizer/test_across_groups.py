@@ -19,7 +19,13 @@ both_backends = pytest.mark.parametrize("backend", BACKENDS)
 each_style = pytest.mark.parametrize("style", ALL_STYLES)
 
 # What a table has a column for, or what no kernel knows of.
-OWN: list[dict[str, Any]] = [{"lr": 0.01}, {"lr": torch.tensor(0.01)}, {"weight_decay": 0.3}, {"rho": 0.0}, {"rho": 1.0}]
+OWN: list[dict[str, Any]] = [
+    {"lr": 0.01},
+    {"lr": torch.tensor(0.01)},
+    {"weight_decay": 0.3},
+    {"rho": 0.0},
+    {"rho": 1.0},
+]
 SHARED: list[dict[str, Any]] = [
     {"betas": (0.5, 0.9)},
     {"eps": 0.1},

@@ -137,6 +137,22 @@ def ones(params: Any, gradients: Any, signs: list[Tensor], keep_graph: bool) -> 
     return [torch.ones_like(z) for z in signs]
 
 
+class Arrivals(TorchDispatchMode):
+    """Notes of every copy from the GPU to the CPU whether it goes on before the value has arrived."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].is_cuda and str(kwargs.get("device")) == "cpu":
+            self.early.append(bool(kwargs.get("non_blocking")))
+        if func is torch.ops.aten.copy_.default and args[1].is_cuda and not args[0].is_cuda:
+            self.early.append(bool(args[2] if len(args) > 2 else kwargs.get("non_blocking")))
+        return func(*args, **kwargs)
+
+
 @pytest.mark.parametrize("backend", ["eager", "auto", "triton"])
 @pytest.mark.parametrize("name, lr_device", [*zip(OPTIONS, (None, "cpu", "cuda", "cuda"))])
 def test_perturb_and_step_on_fake_cuda_tensors_read_no_value(
@@ -169,7 +185,10 @@ def test_perturb_and_step_on_fake_cuda_tensors_read_no_value(
             for param in params:
                 param.grad = torch.ones_like(param)
             assert opt.hessian_due == due
-            phase()
+            with Arrivals() as arrivals:
+                phase()
+            # The norm and the guards of the GPU, which the update of the parameter on the CPU reads at once.
+            assert arrivals.early and not any(arrivals.early)
         opt.zero_grad()
     for param in params:
         assert all(value.device == param.device for value in opt.state[param].values())

@@ -12,6 +12,7 @@ from sassha_fused import Sassha, eager
 from tests.support.problems import (
     BACKENDS,
     Problem,
+    TwoBuckets,
     assert_differ,
     assert_same,
     backward,
@@ -200,7 +201,7 @@ def breaking(function: str, call: int, before: bool = True) -> Iterator[None]:
         yield
 
 
-# The problem has two buckets, and so two calls of each operator per pass.
+# Each pass calls each operator twice: there are two buckets.
 BEFORE_ANY_UPDATE = [
     ("grad_norm", 0, True),
     ("grad_norm", 1, False),
@@ -218,7 +219,7 @@ BEFORE_ANY_UPDATE = [
 def test_an_operator_that_breaks_leaves_no_trace(steps: int, name: str, call: int, before: bool) -> None:
     if steps == 1 and name in ("rademacher_", "hutchinson_"):
         return  # lazy steps do not call them
-    problem, plain = (Problem("eager", hessian_samples=2).train(steps) for _ in range(2))
+    problem, plain = (TwoBuckets("eager", hessian_samples=2).train(steps) for _ in range(2))
     start = weights(problem.params)
     with breaking(name, call, before):
         problem.step()
@@ -234,7 +235,7 @@ def test_an_operator_that_breaks_in_a_hand_written_loop_is_healed(
 ) -> None:
     if steps == 1 and name in ("rademacher_", "hutchinson_"):
         return  # lazy steps do not call them
-    problem, plain = (Problem("eager", hessian_samples=2).train(steps) for _ in range(2))
+    problem, plain = (TwoBuckets("eager", hessian_samples=2).train(steps) for _ in range(2))
     start = weights(problem.params)
     with breaking(name, call, before):
         problem.step("phase")
@@ -265,13 +266,13 @@ def test_running_out_of_memory_anywhere_in_an_operator_leaves_the_weights_restor
 def test_a_break_between_two_updates_restores_the_weights_and_keeps_the_counts_in_step(
     steps: int, call: int, before: bool
 ) -> None:
-    problem = Problem("eager").train(steps)
+    problem = TwoBuckets("eager").train(steps)
     start = weights(problem.params)
     with breaking("update_", call, before):
         problem.step()
     assert_same(weights(problem.params), start)
     # What is in the state is what the schedule follows: a restart from it goes the same way.
-    restarted = continued(problem, problem.opt.state_dict(), backend="eager")
+    restarted = continued(problem, problem.opt.state_dict(), kind=TwoBuckets, backend="eager")
     assert_same(problem.train(4).snapshot()["state"], restarted.train(4).snapshot()["state"])
     assert_same(weights(problem.params), weights(restarted.params))
 
@@ -279,7 +280,7 @@ def test_a_break_between_two_updates_restores_the_weights_and_keeps_the_counts_i
 @pytest.mark.parametrize("restored", [False, True])
 @pytest.mark.parametrize("call, before", [(0, False), (1, True), (1, False)])
 def test_a_break_between_two_updates_restores_weights_that_were_at_w(call: int, before: bool, restored: bool) -> None:
-    problem = Problem("eager", rho=0.2 if restored else 0.0).train(1)
+    problem = TwoBuckets("eager", rho=0.2 if restored else 0.0).train(1)
     start = weights(problem.params)
     problem.opt.zero_grad()
     problem.loss().backward()

@@ -227,7 +227,7 @@ def test_an_optimizer_dies_with_its_last_reference_wherever_its_weights_are(back
     del problem.opt
     assert dead() is None
     assert average() is None
-    assert [bucket() for bucket in buckets] == [None, None]
+    assert [bucket() for bucket in buckets] == [None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

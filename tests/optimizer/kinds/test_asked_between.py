@@ -191,7 +191,7 @@ def test_weights_written_between_the_passes_are_refused(write: Any, second_pass:
     assert_goes_on(problem)
 
 
-@pytest.mark.parametrize("which", [0, 1, 3], ids=["first of a bucket", "second of a bucket", "second of the last"])
+@pytest.mark.parametrize("which", range(4))
 def test_any_one_of_them_is_noticed(which: int) -> None:
     problem = Problem().train(1)
     with refused(problem, "the weights were written"):
