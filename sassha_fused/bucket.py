@@ -118,7 +118,7 @@ class Bucket:
 
 
 def telling_of(count: int) -> list[int]:
-    """Some of so many positions, for to ask or to mark all takes a tenth of a lazy step. Who loads weights writes all."""
+    """Some of so many positions. To ask or mark all would take a tenth of a lazy step; who loads weights writes all."""
     return sorted({i * (count - 1) // (_TELLING - 1) for i in range(_TELLING)})
 
 

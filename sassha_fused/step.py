@@ -121,8 +121,8 @@ class Step:
             raise
 
     def _perturb(self, selections: list[Selection]) -> Tensor | None:
-        if any([hasattr(grad, "_used_in_version") for grad in _telling_grads(selections)]):
-            refuse_used(_telling_grads(selections), "perturb()")
+        if marked := [grad for grad in _telling_grads(selections) if hasattr(grad, "_used_in_version")]:
+            refuse_used(marked, "perturb()")
         if not selections:
             return None
         try:
