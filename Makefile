@@ -25,8 +25,9 @@ demo: compiler $(EXTENSION) $(VENV)/.demo ## train a small ResNet on MNIST digit
 check: compiler $(EXTENSION) ## run the quick tests, in under two minutes: backends cpu and eager, nothing marked slow
 	$(TESTS) -m "not slow and not gpu"
 
-test: compiler $(EXTENSION) ## run all tests, and measure their coverage
-	$(TESTS) --cov --cov-report=term-missing
+test: compiler $(EXTENSION) ## run all tests, and measure the coverage of those that run Python
+	$(TESTS) -m "not untraced" --cov --cov-report=term-missing
+	$(TESTS) -m untraced
 
 bench: compiler $(EXTENSION) ## time the optimizer step; the JSON goes to .benchmarks
 	$(VENV)/bin/python -m pytest bench

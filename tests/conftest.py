@@ -12,7 +12,7 @@ from tests.support.costs import (  # noqa: F401
     pytest_runtest_makereport,
     pytest_terminal_summary,
 )
-from tests.support.tracing import pytest_collection_modifyitems, pytest_runtest_protocol  # noqa: F401
+from tests.support.tracing import pytest_collection_modifyitems  # noqa: F401
 
 # No deadline: the first call of anything in torch is slow. In CI the examples are the same in every run.
 settings.register_profile("project", deadline=None, max_examples=50, print_blob=True)

@@ -1,12 +1,10 @@
-"""Which tests coverage traces: tracing what interprets kernels takes up to three times as long as running it.
+"""Which tests coverage does not trace, marked so: tracing an interpreter of kernels takes up to three times as long.
 
-Some tests trace the lines of Triton's kernels, and those of its launcher.
+They run by themselves, as make test does it: coverage that is stopped and started between tests has hung. Some tests of
+Triton trace the lines of its kernels, and those of its launcher.
 """
 
 from __future__ import annotations
-
-from collections.abc import Generator
-from typing import Any
 
 import pytest
 
@@ -26,16 +24,9 @@ def _is_traced(item: pytest.Item) -> bool:
     return item.path.parent.name != "machine" and backend not in _UNTRACED
 
 
+# Before pytest chooses by marks.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not _is_traced(item):
-            item.add_marker("no_cover")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Nor are the processes traced that such a test starts."""
-    with pytest.MonkeyPatch.context() as patch:
-        if item.get_closest_marker("no_cover"):
-            patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
-        return (yield)
+            item.add_marker("untraced")
