@@ -49,11 +49,11 @@ double sum_of_squares(const P* g, const P* w, int64_t n) {
       add_squares(lanes, terms, length);
     }
   }
-  // The rest, with zeros behind it.
-  const int64_t done = kPlaces * quarter;
-  std::fill_n(terms, kPlaces * kLanes, T{0});
-  terms_of<P, kAdaptive>(g + done, w + done, terms, n - done);
-  add_squares(lanes, terms, kLanes);
+  if (const int64_t done = kPlaces * quarter; done < n) {
+    std::fill_n(terms, kPlaces * kLanes, T{0});
+    terms_of<P, kAdaptive>(g + done, w + done, terms, n - done);
+    add_squares(lanes, terms, kLanes);
+  }
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
   }

@@ -40,7 +40,8 @@ inline void add_squares(double* lanes, const double* x, int64_t quarter) { add_s
 // By hand: compilers widen floats by shuffles, which take as long as the rest, where the processor does it as it loads.
 SASSHA_VERSION("arch=x86-64-v4") inline void add_squares(double* lanes, const float* x, int64_t quarter) {
   constexpr int kWidth = 8, kVectors = kLanes / kWidth;
-  __m512d sums[kVectors] = {};
+  __m512d sums[kVectors];
+  for (__m512d& sum : sums) sum = _mm512_setzero_pd();
   for (int64_t i = 0; i < quarter; i += kLanes) {
     for (int place = 0; place < kPlaces; ++place) {
       for (int v = 0; v < kVectors; ++v) {
@@ -57,7 +58,8 @@ SASSHA_VERSION("arch=x86-64-v4") inline void add_squares(double* lanes, const fl
 
 SASSHA_VERSION("arch=x86-64-v3") inline void add_squares(double* lanes, const float* x, int64_t quarter) {
   constexpr int kWidth = 4, kVectors = kLanes / kWidth;
-  __m256d sums[kVectors] = {};
+  __m256d sums[kVectors];
+  for (__m256d& sum : sums) sum = _mm256_setzero_pd();
   for (int64_t i = 0; i < quarter; i += kLanes) {
     for (int place = 0; place < kPlaces; ++place) {
       for (int v = 0; v < kVectors; ++v) {
