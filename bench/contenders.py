@@ -1,6 +1,8 @@
 """Optimizers over given shapes, whose parts of a training step can be timed without forward and backward."""
 
 import time
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,27 +32,40 @@ class Problem:
         self.products = normal(0.1)
         self.count = sum(parameter.numel() for parameter in self.parameters)
 
+    def in_groups(self, groups: int) -> list[dict[str, Any]]:
+        """The parameters in groups of neighbours, which differ in lr and weight decay."""
+        bounds = [len(self.parameters) * i // groups for i in range(groups + 1)]
+        return [
+            {"params": self.parameters[begin:end], "lr": 1e-4 * (1 + i / groups), "weight_decay": 1e-4 * (1 + i)}
+            for i, (begin, end) in enumerate(pairwise(bounds))
+        ]
+
     def assign(self, gradients: list[Tensor]) -> None:
-        """What backward would have left; never timed, for any contender."""
+        """What backward would have left, new to every optimizer; never timed, for any contender."""
+        torch.autograd.graph.increment_version(gradients)
         for parameter, gradient in zip(self.parameters, gradients):
             parameter.grad = gradient
 
 
 class TwoPass:
-    """Sassha: `perturb` between the two gradients and `step` after them; Hessian steps and lazy steps alternate."""
+    """Sassha: `perturb` between the two gradients and `step` after them; Hessian steps and lazy steps alternate.
 
-    def __init__(self, name: str, problem: Problem, backend: str | None) -> None:
+    With rho 0 there is one gradient, and `step` alone.
+    """
+
+    def __init__(self, name: str, problem: Problem, backend: str | None, groups: int = 1, rho: float = 0.2) -> None:
         self.name = name
         self.problem = problem
         self.steps = 0
-        settings = {"lr": 1e-4, "weight_decay": 1e-4, "hessian_interval": HESSIAN_INTERVAL}
+        settings = {"rho": rho, "hessian_interval": HESSIAN_INTERVAL}
         if backend is None:
-            self.optimizer = ReferenceSassha(problem.parameters, **settings)
+            self.optimizer = ReferenceSassha(problem.in_groups(groups), **settings)
             self.finish = self._finish_reference
         else:
             SOURCES["given"] = HessianSource(lambda *_: problem.products, needs_graph=False)
-            self.optimizer = Sassha(problem.parameters, **settings, hvp="given", backend=backend)
+            self.optimizer = Sassha(problem.in_groups(groups), **settings, hvp="given", backend=backend)
             self.finish = self.optimizer.step
+        self.perturb = self.optimizer.perturb if rho else None
 
     def _finish_reference(self) -> None:
         self.optimizer.update(self.problem.products if self.optimizer.hessian_due else None)
@@ -58,14 +73,16 @@ class TwoPass:
     def step(self) -> tuple[str, float]:
         kind = LAZY if self.steps % HESSIAN_INTERVAL else HESSIAN
         self.steps += 1
-        self.problem.assign(self.problem.first_gradients)
-        start = time.perf_counter()
-        self.optimizer.perturb()
-        perturbed = time.perf_counter()
+        perturbing = 0.0
+        if self.perturb:
+            self.problem.assign(self.problem.first_gradients)
+            start = time.perf_counter()
+            self.perturb()
+            perturbing = time.perf_counter() - start
         self.problem.assign(self.problem.second_gradients)
-        resumed = time.perf_counter()
+        start = time.perf_counter()
         self.finish()
-        return kind, perturbed - start + time.perf_counter() - resumed
+        return kind, perturbing + time.perf_counter() - start
 
     def round(self) -> dict[str, float]:
         return dict((self.step(), self.step()))
@@ -105,6 +122,14 @@ class Reads:
 
 def sassha(problem: Problem, backend: str) -> TwoPass:
     return TwoPass(f"sassha {backend}", problem, backend)
+
+
+def sassha_in_groups(problem: Problem, groups: int) -> TwoPass:
+    return TwoPass(f"sassha cpu, {groups} groups", problem, "cpu", groups=groups)
+
+
+def sassha_without_perturbation(problem: Problem) -> TwoPass:
+    return TwoPass("sassha cpu, rho 0", problem, "cpu", rho=0.0)
 
 
 def per_tensor_loop(problem: Problem) -> TwoPass:

@@ -12,15 +12,14 @@ from statistics import median
 
 import pytest
 import torch
-from torch import Tensor
 
 from bench.contenders import HESSIAN, LAZY, Problem
 from bench.interleave import interleaved, replay, replayed_seconds, spread
+from bench.operands import Operands
 from bench.passes import bytes_read, bytes_written, passes
 from bench.shapes import MODELS, Shape
 from sassha_fused import Sassha, available_backends
 from sassha_fused.curvature.exact import SOURCES, HessianSource
-from sassha_fused.flat import Bucket, Member
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -59,41 +58,18 @@ def copy() -> Timed:
 
 def calls(shapes: tuple[Shape, ...], dtype: torch.dtype, backend: str) -> dict[str, Callable[[], object]]:
     """The passes of bench.passes that are one operator call, ready to run."""
-
-    def normal() -> list[Tensor]:
-        return [torch.randn(shape, dtype=dtype, device="cuda") for shape in shapes]
-
-    params, grads, products, signs = normal(), normal(), normal(), normal()
-    members, index = [], 0
-    for param in params:
-        members.append(Member(param, index))
-        index += param.numel()
-    b = Bucket({}, members, [{} for _ in members], backend)
-    norm = torch.ones((), dtype=torch.float64, device="cuda")
-    estimate = torch.zeros_like(b.exp_hessian)
-    operators = b.operators
-
-    def perturb(measure: bool) -> None:
-        operators.perturb_(params, grads, b.backup, b.offsets, norm, measure, 1e-3, False, False)
-
-    def update(found: list[Tensor], check: bool) -> None:
-        state = (b.backup, b.exp_avg, b.exp_hessian, b.counts, b.skipped, b.offsets, b.rows)
-        numbers = (1e-4, 0.9, 0.999, 1e-4, 1e-4, 0.5, 0, False)
-        operators.update_(params, grads, found, *state, [norm], check, None, *numbers)
-
+    on = Operands(shapes, backend, "cuda", dtype)
     return {
-        "grad_norm": lambda: operators.grad_norm(grads, [], False),
-        "grad_norm, adaptive": lambda: operators.grad_norm(grads, params, True),
-        "perturb_": lambda: perturb(False),
-        "perturb_, its norm included": lambda: perturb(True),
-        "rademacher_": lambda: operators.rademacher_(signs, b.indices, 0, b.evaluation, 0),
-        "hutchinson_, behind the first sample": lambda: operators.hutchinson_(
-            products, estimate, b.offsets, b.indices, 0, b.evaluation, 1, 3
-        ),
-        "update_, lazy": lambda: update([], False),
-        "update_, lazy, its check included": lambda: update([], True),
-        "update_, Hessian": lambda: update(products, False),
-        "update_, Hessian, its checks included": lambda: update(products, True),
+        "grad_norm": on.grad_norm,
+        "grad_norm, adaptive": lambda: on.grad_norm(adaptive=True),
+        "perturb_": on.perturb,
+        "perturb_, its norm included": lambda: on.perturb(measure=True),
+        "rademacher_": on.rademacher,
+        "hutchinson_, behind the first sample": on.hutchinson,
+        "update_, lazy": on.update,
+        "update_, lazy, its check included": lambda: on.update(check=True),
+        "update_, Hessian": lambda: on.update(hessian=True),
+        "update_, Hessian, its checks included": lambda: on.update(hessian=True, check=True),
     }
 
 

@@ -1,55 +1,63 @@
-// The norm of a list of tensors, and with it whether all their elements are finite.
+// The norm of a list of tensors.
 //
-// Squares are summed in float64, per block in a fixed number of lanes, then block by block: the result depends neither
-// on the number of threads nor on the vector width, and is exact to the last bit or two of float64.
+// Squares are summed in float64, block by block, each block in a fixed number of lanes: the result depends neither on
+// the number of threads nor on the vector width, and is exact to the last bit or two of float64.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 
 #include "cpu/dtypes.h"
 #include "cpu/ranges.h"
+#include "cpu/squares.h"
 #include "cpu/tiles.h"
 
 namespace sassha::cpu {
 
-constexpr int kLanes = 16;
-
-// How many elements ahead memory is asked for.
-constexpr int64_t kAhead = 8 * kLanes;
+// What is squared: the gradients as they are computed with, or in float64 their products with the weights.
+template <class P, bool kAdaptive>
+using Term = std::conditional_t<kAdaptive, double, Compute<P>>;
 
 template <class P, bool kAdaptive>
-inline double term(const P* g, const P* w, int64_t i) {
-  const double gradient = static_cast<Compute<P>>(g[i]);
-  const double x = kAdaptive ? gradient * static_cast<Compute<P>>(w[i]) : gradient;
-  return x * x;
-}
-
-template <class P, bool kAdaptive>
-inline void add_terms(double* lane, const P* g, const P* w, int64_t start) {
-  prefetch(g + start + kAhead, kLanes * sizeof(P));
-  if (kAdaptive) prefetch(w + start + kAhead, kLanes * sizeof(P));
-  for (int l = 0; l < kLanes; ++l) lane[l] += term<P, kAdaptive>(g, w, start + l);
-}
-
-// One block. Four places are read at once: reads in a single place leave much of the memory's bandwidth unused.
-template <class P, bool kAdaptive>
-SASSHA_CLONES double sum_of_squares(const P* g, const P* w, int64_t n) {
-  double lane0[kLanes] = {}, lane1[kLanes] = {}, lane2[kLanes] = {}, lane3[kLanes] = {};
-  const int64_t quarter = n / (4 * kLanes) * kLanes;
-  for (int64_t i = 0; i < quarter; i += kLanes) {
-    add_terms<P, kAdaptive>(lane0, g, w, i);
-    add_terms<P, kAdaptive>(lane1, g, w, i + quarter);
-    add_terms<P, kAdaptive>(lane2, g, w, i + 2 * quarter);
-    add_terms<P, kAdaptive>(lane3, g, w, i + 3 * quarter);
+SASSHA_CLONES void terms_of(const P* __restrict g, const P* __restrict w, Term<P, kAdaptive>* __restrict terms,
+                            int64_t n) {
+  using T = Term<P, kAdaptive>;
+  for (int64_t i = 0; i < n; ++i) {
+    const T gradient = static_cast<Compute<P>>(g[i]);
+    terms[i] = kAdaptive ? gradient * static_cast<T>(static_cast<Compute<P>>(w[i])) : gradient;
   }
-  int64_t i = 4 * quarter;
-  for (; i + kLanes <= n; i += kLanes) add_terms<P, kAdaptive>(lane0, g, w, i);
-  double sum = 0;
-  for (; i < n; ++i) sum += term<P, kAdaptive>(g, w, i);
-  if (n < kLanes) return sum;
-  for (int l = 0; l < kLanes; ++l) sum += (lane0[l] + lane1[l]) + (lane2[l] + lane3[l]);
-  return sum;
+}
+
+// One block.
+template <class P, bool kAdaptive>
+double sum_of_squares(const P* g, const P* w, int64_t n) {
+  using T = Term<P, kAdaptive>;
+  constexpr int64_t kTurn = 256;
+  double lanes[kLanes] = {};
+  T terms[kPlaces * kTurn];
+  const int64_t quarter = n / (kPlaces * kLanes) * kLanes;
+  if constexpr (std::is_same_v<P, T> && !kAdaptive) {
+    add_squares(lanes, g, quarter);
+  } else {
+    for (int64_t start = 0; start < quarter; start += kTurn) {
+      const int64_t length = std::min(kTurn, quarter - start);
+      for (int place = 0; place < kPlaces; ++place) {
+        const int64_t from = place * quarter + start;
+        terms_of<P, kAdaptive>(g + from, w + from, terms + place * length, length);
+      }
+      add_squares(lanes, terms, length);
+    }
+  }
+  if (const int64_t done = kPlaces * quarter; done < n) {
+    std::fill_n(terms, kPlaces * kLanes, T{0});
+    terms_of<P, kAdaptive>(g + done, w + done, terms, n - done);
+    add_squares(lanes, terms, kLanes);
+  }
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  }
+  return lanes[0];
 }
 
 // ||g||, or, with weights w, || |w| . g ||.
@@ -62,11 +70,11 @@ inline double norm_of(const TensorList& grads, const TensorList* weights = nullp
   with_dtype(grads.dtype(), [&](auto zero) {
     using P = decltype(zero);
     const auto block_sum = weights ? sum_of_squares<P, true> : sum_of_squares<P, false>;
+    const TensorList& factors = weights ? *weights : grads;  // not read where there are no weights
     ElementRanges(grads).for_each([&](int64_t i, int64_t begin, int64_t end) {
       for (int64_t start = begin; start < end; start += kBlock) {
-        const P* w = weights ? weights->data<P>(i) + start : nullptr;
         partial[first_block[i] + start / kBlock] =
-            block_sum(grads.data<P>(i) + start, w, std::min(kBlock, end - start));
+            block_sum(grads.data<P>(i) + start, factors.data<P>(i) + start, std::min(kBlock, end - start));
       }
     });
   });

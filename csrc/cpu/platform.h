@@ -13,6 +13,8 @@
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define SASSHA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+// The same where the copies are written by hand: one function per instruction set, all of one name.
+#define SASSHA_VERSION(instruction_set) __attribute__((target(instruction_set)))
 #else
 #define SASSHA_CLONES
 #endif

@@ -5,7 +5,7 @@
 
 #include "arguments.h"
 #include "cpu/dtypes.h"
-#include "cpu/norm.h"
+#include "cpu/finite.h"
 #include "cpu/ranges.h"
 #include "cpu/tiles.h"
 #include "math/sassha.h"
@@ -115,8 +115,7 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
   const TensorList products = hessian_step ? TensorList(product_list, params) : TensorList(product_list);
   const Settings settings = settings_of(numbers);
   check_update(params, grads, products, backup, exp_avg, exp_hessian, steps, skipped, offsets, rows, per_row);
-  const auto unfit = [](const TensorList& tensors) { return !tensors.empty() && !std::isfinite(norm_of(tensors)); };
-  const bool finite = all_finite(guards) && !(guard_grads && (unfit(grads) || unfit(products)));
+  const bool finite = all_finite(guards) && (!guard_grads || (cpu::all_finite(grads) && cpu::all_finite(products)));
   *static_cast<int64_t*>(skipped.mutable_data_ptr()) = finite ? 0 : 1;
   if (params.empty() || (!finite && !backup)) return;
   const ElementRanges ranges(params);
