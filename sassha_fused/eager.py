@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .checks import BIAS_CORRECTIONS, check_gradients
 from .layout import state_dtype, view_of
+from .power import raised
 
 _WORD = 0xFFFFFFFF
 
@@ -113,6 +114,8 @@ def hutchinson_(
 def _raise(x: Tensor, power: float) -> Tensor:
     if power == 1.0:
         return x
+    if power != 0.5 and x.dtype == torch.float32:
+        return raised(x, power)
     # In float64 also for float32: torch's float32 square root on CPU is not always the nearest float.
     exact = x.double()
     return (exact.sqrt() if power == 0.5 else (exact.log2() * power).exp2()).to(x.dtype)

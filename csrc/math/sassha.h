@@ -7,8 +7,10 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "math/portable.h"
+#include "math/power.h"
 
 namespace sassha {
 
@@ -32,15 +34,6 @@ SASSHA_HOST_DEVICE Power power_of(double hessian_power) {
   return hessian_power == 0.5 ? Power::kSquareRoot : hessian_power == 1.0 ? Power::kIdentity : Power::kGeneral;
 }
 
-template <class T, Power kPower>
-SASSHA_HOST_DEVICE T raise(T x, double power) {
-  if (kPower == Power::kSquareRoot) return std::sqrt(x);
-  if (kPower == Power::kIdentity) return x;
-  // In double also for float: rounding the exponent to float alone would cost several ulp. The error, 2^-52 times the
-  // logarithm, is beyond float; and pow, which has none, takes a third more of a GPU's registers.
-  return static_cast<T>(std::exp2(power * std::log2(static_cast<double>(x))));
-}
-
 // What c2 counts: the steps up to the last Hessian step, as published, or the Hessian steps alone. kNone: c1 = c2 = 1.
 // Numbered as in csrc/schema.cpp.
 enum class BiasCorrection { kStep, kUpdate, kNone };
@@ -59,12 +52,33 @@ struct UpdateConstants {
   double hessian_weight;  // 1 - beta2
   double eps;
   double power;
+  SplitPower split_power;
 };
 
 SASSHA_HOST_DEVICE UpdateConstants update_constants(const Hyperparameters& h) {
   return {
-      h.beta1, h.maximize ? -(1.0 - h.beta1) : 1.0 - h.beta1, h.beta2, 1.0 - h.beta2, h.eps, h.hessian_power,
+      h.beta1,
+      h.maximize ? -(1.0 - h.beta1) : 1.0 - h.beta1,
+      h.beta2,
+      1.0 - h.beta2,
+      h.eps,
+      h.hessian_power,
+      split_power(h.hessian_power),
   };
+}
+
+template <class T, Power kPower>
+SASSHA_HOST_DEVICE T raise(T x, const UpdateConstants& c) {
+  if constexpr (kPower == Power::kSquareRoot) {
+    return std::sqrt(x);
+  } else if constexpr (kPower == Power::kIdentity) {
+    return x;
+  } else if constexpr (std::is_same_v<T, float>) {
+    return raised(x, c.split_power);
+  } else {
+    // The error, 2^-52 times the logarithm, is a few ulp; pow, which has none, takes a third more of a GPU's registers.
+    return std::exp2(c.power * std::log2(x));
+  }
 }
 
 // What stays the same over one parameter's elements in one step.
@@ -126,7 +140,7 @@ SASSHA_HOST_DEVICE T averaged_gradient(T exp_avg, T gradient, const UpdateConsta
 template <class T, Power kPower>
 SASSHA_HOST_DEVICE T updated(T w, T exp_avg, T exp_hessian, const UpdateConstants& c, const UpdateScalars& s) {
   const T corrected = static_cast<T>(static_cast<double>(exp_hessian) * s.hessian_correction);
-  const T root = raise<T, kPower>(corrected, c.power);
+  const T root = raise<T, kPower>(corrected, c);
   const T denominator = root + static_cast<T>(c.eps);
   const T direction = exp_avg / denominator;
   return static_cast<T>(static_cast<double>(w) * s.decay - s.step_size * static_cast<double>(direction));
