@@ -89,7 +89,7 @@ def test_fma_takes_numbers_and_tensors_of_other_shapes() -> None:
         fma(a, 0.75, 2.0**-149), libm(a, torch.full_like(a, 0.75), torch.full_like(a, 2.0**-149)), "numbers"
     )
     # A tensor of no dimension does not make another one of float32.
-    for x, y, z in ((a[0], b, c), (a, b[0], c), (a, b, c[0]), (a[0], b, c[0]), (a[0], b[0], c[0])):
+    for x, y, z in ((a[0], b, c), (a, b[0], c), (a, b, c[0]), (a[0], b, c[0]), (a[0], b[0], c)):
         whole = [t.expand(60).contiguous() for t in (x, y, z)]
         assert_same_bits(fma(x, y, z).expand(60), fma(*whole), "shapes")
 
