@@ -7,8 +7,8 @@ float32: results are then as close to the formulas, but not the same bits as els
 
 from __future__ import annotations
 
+import ctypes
 import math
-import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -147,7 +147,7 @@ class _Parts(NamedTuple):
 
 
 def _nearest_float32(x: float) -> float:
-    return float(struct.unpack("f", struct.pack("f", x))[0])
+    return ctypes.c_float(x).value
 
 
 def _parts(x: Tensor | float, dtype: torch.dtype) -> _Parts:

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ..checks import BIAS_CORRECTIONS
 from .launch import INTERPRETED
+from .power import raised
 
 SQUARE_ROOT = tl.constexpr(0)
 IDENTITY = tl.constexpr(1)
@@ -56,9 +57,10 @@ def root(x, POWER: tl.constexpr, power, STATE: tl.constexpr):
     r""":math:`x^\alpha`."""
     if POWER == IDENTITY:
         return x
+    elif POWER == GENERAL and STATE == tl.float64:
+        return tl.exp2(power * tl.log2(x))
     elif POWER == GENERAL:
-        # In double also for float: rounding the exponent to float alone would cost several ulp.
-        return tl.exp2(power * tl.log2(x.to(tl.float64))).to(STATE)
+        return raised(x, power)
     elif STATE == tl.float64:
         return tl.sqrt(x)
     else:

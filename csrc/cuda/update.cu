@@ -116,14 +116,11 @@ __device__ void restore(const UpdateArguments<H>& a) {
   }
 }
 
-// How many blocks a multiprocessor must have registers for: 64 a thread; 80 where eight elements a vector meet a
-// logarithm and an exponential.
-template <class P, Power kPower>
-constexpr int kUpdateBlocks = kPower == Power::kGeneral && sizeof(P) == 2 ? 3 : 4;
+// How many blocks a multiprocessor must have registers for: 64 a thread.
+constexpr int kUpdateBlocks = 4;
 
 template <class P, class H, Power kPower>
-__global__ void __launch_bounds__(kThreads, (kUpdateBlocks<P, kPower>))
-    update_kernel(const __grid_constant__ UpdateArguments<H> a) {
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks) update_kernel(const __grid_constant__ UpdateArguments<H> a) {
   using T = Compute<P>;
   constexpr bool kHessianStep = !std::is_void_v<H>;
   using Product = std::conditional_t<kHessianStep, H, P>;

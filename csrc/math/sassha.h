@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "math/portable.h"
+#include "math/power.h"
 #include "math/settings.h"
 
 namespace sassha {
@@ -50,15 +51,6 @@ SASSHA_HOST_DEVICE Power power_of(double hessian_power) {
   return hessian_power == 0.5 ? Power::kSquareRoot : hessian_power == 1.0 ? Power::kIdentity : Power::kGeneral;
 }
 
-template <class T, Power kPower>
-SASSHA_HOST_DEVICE T raise(T x, double power) {
-  if (kPower == Power::kSquareRoot) return std::sqrt(x);
-  if (kPower == Power::kIdentity) return x;
-  // In double also for float: rounding the exponent to float alone would cost several ulp. The error, 2^-52 times the
-  // logarithm, is beyond float; and pow, which has none, takes a third more of a GPU's registers.
-  return static_cast<T>(std::exp2(power * std::log2(static_cast<double>(x))));
-}
-
 // What c2 counts: the steps up to the last Hessian step, as published, or the Hessian steps alone. kNone: c1 = c2 = 1.
 // Numbered as in sassha_fused/checks.py.
 enum class BiasCorrection { kStep, kUpdate, kNone };
@@ -76,15 +68,31 @@ struct UpdateConstants {
   Parts<T> hessian_weight;  // 1 - beta2
   T eps;
   double power;
+  SplitPower split_power;
 };
 
 template <class T>
 SASSHA_HOST_DEVICE UpdateConstants<T> update_constants(const Settings& s) {
   return {
-      parts_of<T>(s.beta1),  parts_of<T>(s.maximize != 0 ? -(1.0 - s.beta1) : 1.0 - s.beta1),
-      parts_of<T>(s.beta2),  parts_of<T>(1.0 - s.beta2),
-      static_cast<T>(s.eps), s.hessian_power,
+      parts_of<T>(s.beta1),         parts_of<T>(s.maximize != 0 ? -(1.0 - s.beta1) : 1.0 - s.beta1),
+      parts_of<T>(s.beta2),         parts_of<T>(1.0 - s.beta2),
+      static_cast<T>(s.eps),        s.hessian_power,
+      split_power(s.hessian_power),
   };
+}
+
+template <class T, Power kPower>
+SASSHA_HOST_DEVICE T raise(T x, const UpdateConstants<T>& c) {
+  if constexpr (kPower == Power::kSquareRoot) {
+    return std::sqrt(x);
+  } else if constexpr (kPower == Power::kIdentity) {
+    return x;
+  } else if constexpr (std::is_same_v<T, float>) {
+    return raised(x, c.split_power);
+  } else {
+    // The error, 2^-52 times the logarithm, is a few ulp; pow, which has none, takes a third more of a GPU's registers.
+    return std::exp2(c.power * std::log2(x));
+  }
 }
 
 // What stays the same over one parameter's elements in one step.
@@ -173,7 +181,7 @@ SASSHA_HOST_DEVICE float moved(float w, float direction, const UpdateScalars<flo
 // w (1 - lr weight_decay) - (lr / c1) m / ((D / c2)^power + eps)
 template <class T, Power kPower>
 SASSHA_HOST_DEVICE T updated(T w, T exp_avg, T exp_hessian, const UpdateConstants<T>& c, const UpdateScalars<T>& s) {
-  const T root = raise<T, kPower>(corrected(exp_hessian, s.hessian_correction), c.power);
+  const T root = raise<T, kPower>(corrected(exp_hessian, s.hessian_correction), c);
   return moved(w, exp_avg / (root + c.eps), s);
 }
 

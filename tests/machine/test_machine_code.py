@@ -19,15 +19,6 @@ VECTOR = 8 * VECTOR_BYTES  # bits
 
 MOST_REGISTERS = 64  # of 65,536 on a multiprocessor: four blocks of 256 threads
 
-# Eight elements a vector meet a logarithm and an exponential, each of many registers. Three blocks, and only where
-# hessian_power is neither 1/2 nor 1.
-MORE_REGISTERS = {
-    ("update_kernel", dtype, product, "kGeneral"): 80
-    for dtype in ("__nv_bfloat16", "__half")
-    for product in ("void", "float", dtype)
-}
-MORE_REGISTERS_FROM = "sm_90"
-
 # Loads narrower than 64 bits that are not of a stream, by kernel and bits: the learning rate and the guards, of any
 # dtype; the count of evaluations, as much of it as the signs depend on.
 OTHER_LOADS = {
@@ -55,12 +46,6 @@ def codes(request: pytest.FixtureRequest, library: dict[str, dict[Kernel, Machin
     return found
 
 
-def most_registers(kernel: Kernel, architecture: str) -> int:
-    if ARCHITECTURES.index(architecture) < ARCHITECTURES.index(MORE_REGISTERS_FROM):
-        return MOST_REGISTERS
-    return MORE_REGISTERS.get(kernel, MOST_REGISTERS)
-
-
 def test_every_kernel_is_there_for_every_dtype(codes: dict[Kernel, MachineCode]) -> None:
     assert {shown(kernel) for kernel in codes} == {shown(kernel) for kernel in kernels()}
 
@@ -85,15 +70,9 @@ def test_no_kernel_has_a_stack_or_spills(codes: dict[Kernel, MachineCode]) -> No
     } == {}
 
 
-def test_enough_registers_are_left_for_four_blocks(
-    codes: dict[Kernel, MachineCode], request: pytest.FixtureRequest
-) -> None:
-    architecture = request.node.callspec.params["codes"]
-    assert {
-        shown(kernel): code.registers
-        for kernel, code in codes.items()
-        if code.registers > most_registers(kernel, architecture)
-    } == {}
+def test_enough_registers_are_left_for_four_blocks(codes: dict[Kernel, MachineCode]) -> None:
+    registers = {shown(kernel): code.registers for kernel, code in codes.items()}
+    assert {kernel: count for kernel, count in registers.items() if count > MOST_REGISTERS} == {}
 
 
 def test_every_stream_is_read_and_written_16_bytes_at_a_time(codes: dict[Kernel, MachineCode]) -> None:

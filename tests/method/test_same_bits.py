@@ -80,7 +80,7 @@ def test_backends_take_the_same_trajectory_to_the_bit(
 
 @each_other_backend
 def test_backends_take_the_same_trajectory_to_the_bit_where_parameters_come_and_go(backend: str) -> None:
-    options = {"hessian_interval": 3, "hessian_samples": 3}
+    options = {"hessian_interval": 3, "hessian_samples": 3, "hessian_power": 0.7}
     assert_same_as_baseline(backend, torch.float32, many_groups, options, kind=Dropping)
 
 

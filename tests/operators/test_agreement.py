@@ -12,6 +12,7 @@ from sassha_fused.checks import BIAS_CORRECTIONS
 from tests.support.backends import BACKENDS, BASELINE, SLOW, device_of, each_backend_with, each_of
 from tests.support.calls import (
     HYPER,
+    POWERS,
     hutchinson,
     norm_of,
     perturb,
@@ -26,7 +27,7 @@ from tests.support.lists import listed_case
 
 # In these every operation is one IEEE rounding in float32, the same on every backend.
 NARROW = DTYPES[1:]
-# With roots for which all round alike.
+# In float64, roots for which all round alike.
 EXACT_POWERS = (0.5, 1.0)
 SAME_BITS_LISTS = ("every size at every alignment", "every layout", "57 tensors")
 
@@ -40,7 +41,7 @@ def test_backends_perturb_to_the_same_bits(backend: str, dtype: torch.dtype, spe
 @each_backend_with(
     without=[BASELINE],
     correction=BIAS_CORRECTIONS,
-    power=EXACT_POWERS,
+    power=POWERS,
     hessian=(False, True),
     specs=SAME_BITS_LISTS,
     dtype=NARROW,
