@@ -170,11 +170,11 @@ def _times(x: Tensor, factor: _Parts) -> Tensor:
 
 
 def _moved(w: Tensor, direction: Tensor, decay: _Parts, step_size: _Parts) -> Tensor:
-    """w (1 - decay) - step_size direction"""
+    """decay w - step_size direction"""
     if w.dtype == torch.float64:
-        return w * (1 - decay.high) - step_size.high * direction
-    rest = fma(w, decay.low, direction * step_size.low)
-    return w - fma(w, decay.high, fma(direction, step_size.high, rest))
+        return w * decay.high - step_size.high * direction
+    rest = fma(w, decay.low, -(direction * step_size.low))
+    return fma(w, decay.high, fma(direction, -step_size.high, rest))
 
 
 def _correction(beta: float, count: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ def update_(
             new_hessian = _average(hessian, beta2, products[i].to(dtype).abs(), hessian_weight)
         root = _raise(_times(new_hessian, _parts(1 / c2, dtype)), shared.hessian_power)
         direction = new_average / (root + _parts(shared.eps, dtype).high)
-        new = _moved(old.to(dtype), direction, _parts(lr * weight_decay, dtype), _parts(lr / c1, dtype))
+        new = _moved(old.to(dtype), direction, _parts(1 - lr * weight_decay, dtype), _parts(lr / c1, dtype))
         changes += [
             (w, torch.where(finite, new.to(w.dtype), old)),
             (average, torch.where(finite, new_average, average)),

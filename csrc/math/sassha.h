@@ -98,7 +98,7 @@ SASSHA_HOST_DEVICE T raise(T x, const UpdateConstants<T>& c) {
 // What stays the same over one parameter's elements in one step.
 template <class T>
 struct UpdateScalars {
-  Parts<T> decay;               // lr weight_decay
+  Parts<T> decay;               // 1 - lr weight_decay
   Parts<T> step_size;           // lr / c1
   Parts<T> hessian_correction;  // 1 / c2
 };
@@ -133,7 +133,7 @@ SASSHA_HOST_DEVICE UpdateScalars<T> update_scalars(const Settings& settings, con
   const double correction1 = corrected ? 1.0 - integer_power(settings.beta1, step) : 1.0;
   const double correction2 = corrected ? 1.0 - integer_power(settings.beta2, hessian_step) : 1.0;
   return {
-      parts_of<T>(row.lr * row.weight_decay),
+      parts_of<T>(1.0 - row.lr * row.weight_decay),
       parts_of<T>(row.lr / correction1),
       parts_of<T>(1.0 / correction2),
   };
@@ -169,13 +169,13 @@ SASSHA_HOST_DEVICE float corrected(float exp_hessian, Parts<float> correction) {
   return std::fma(correction.high, exp_hessian, correction.low * exp_hessian);
 }
 
-// w (1 - decay) - step_size direction; in float as w - (decay w + step_size direction).
+// decay w - step_size direction
 SASSHA_HOST_DEVICE double moved(double w, double direction, const UpdateScalars<double>& s) {
-  return w * (1.0 - s.decay.high) - s.step_size.high * direction;
+  return w * s.decay.high - s.step_size.high * direction;
 }
 SASSHA_HOST_DEVICE float moved(float w, float direction, const UpdateScalars<float>& s) {
-  const float rest = std::fma(s.decay.low, w, s.step_size.low * direction);
-  return w - std::fma(s.decay.high, w, std::fma(s.step_size.high, direction, rest));
+  const float rest = std::fma(s.decay.low, w, -(s.step_size.low * direction));
+  return std::fma(s.decay.high, w, std::fma(-s.step_size.high, direction, rest));
 }
 
 // w (1 - lr weight_decay) - (lr / c1) m / ((D / c2)^power + eps)
