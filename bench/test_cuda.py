@@ -7,6 +7,7 @@ copy of a gibibyte reaches in the same run.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from statistics import median
 
@@ -18,9 +19,10 @@ from bench.contenders import HESSIAN, LAZY, Problem
 from bench.interleave import interleaved, replay, replayed_seconds, spread
 from bench.passes import bytes_read, bytes_written, passes
 from bench.shapes import MODELS, Shape
-from sassha_fused import Sassha, available_backends
+from sassha_fused import Sassha, available_backends, ops
 from sassha_fused.curvature.exact import SOURCES, HessianSource
-from sassha_fused.flat import Bucket, Member
+from sassha_fused.layout import layouts_of, state_dtype
+from sassha_fused.settings import RowSettings, Settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -28,6 +30,15 @@ SECONDS = 20
 COPIED_BYTES = 1 << 30
 SLEEP_CYCLES = 4_000_000  # some 2 ms
 DTYPES = {"float": torch.float32, "__nv_bfloat16": torch.bfloat16}
+UNIT = 128  # elements: at a multiple of so many each parameter's state begins
+GROUP = {
+    "betas": (0.9, 0.999),
+    "eps": 1e-4,
+    "hessian_power": 0.5,
+    "adaptive": False,
+    "maximize": False,
+    "bias_correction": "step",
+}
 # The backends that serve CUDA tensors by kernels of their own.
 BACKENDS = ("cuda", "triton")
 
@@ -64,31 +75,34 @@ def calls(shapes: tuple[Shape, ...], dtype: torch.dtype, backend: str) -> dict[s
         return [torch.randn(shape, dtype=dtype, device="cuda") for shape in shapes]
 
     params, grads, products, signs = normal(), normal(), normal(), normal()
-    members, index = [], 0
-    for param in params:
-        members.append(Member(param, index))
-        index += param.numel()
-    b = Bucket({}, members, [{} for _ in members], backend)
+    layouts, rows = layouts_of(params), list(range(len(params)))
+    indices = list(itertools.accumulate((param.numel() for param in params), initial=0))[:-1]
+    *offsets, total = itertools.accumulate((-(-param.numel() // UNIT) * UNIT for param in params), initial=0)
+    backup = torch.zeros(total, dtype=dtype, device="cuda")
+    exp_avg, exp_hessian, estimate = (torch.zeros_like(backup, dtype=state_dtype(params[0])) for _ in range(3))
+    steps = torch.zeros((len(params), 2), dtype=torch.int64, device="cuda")
+    skipped, evaluation = (torch.zeros(1, dtype=torch.int64, device="cuda") for _ in range(2))
     norm = torch.ones((), dtype=torch.float64, device="cuda")
-    estimate = torch.zeros_like(b.exp_hessian)
-    operators = b.operators
+    own = RowSettings(lr=1e-4, weight_decay=1e-4, rho=1e-3)
+    per_row = torch.tensor([own] * len(params), dtype=torch.float64, device="cuda")
+    settings = list(Settings.of(GROUP))
+    operators = ops.operators(backend, torch.device("cuda"))
 
     def perturb(measure: bool) -> None:
-        operators.perturb_(params, grads, b.backup, b.offsets, norm, measure, 1e-3, False, False)
+        operators.perturb_(params, grads, backup, offsets, rows, layouts, norm, measure, per_row, settings)
 
     def update(found: list[Tensor], check: bool) -> None:
-        state = (b.backup, b.exp_avg, b.exp_hessian, b.counts, b.skipped, b.offsets, b.rows)
-        numbers = (1e-4, 0.9, 0.999, 1e-4, 1e-4, 0.5, 0, False)
-        operators.update_(params, grads, found, *state, [norm], check, None, *numbers)
+        state = (backup, exp_avg, exp_hessian, steps, skipped, offsets, rows, layouts)
+        operators.update_(params, grads, found, *state, [norm], check, per_row, settings)
 
     return {
-        "grad_norm": lambda: operators.grad_norm(grads, [], False),
-        "grad_norm, adaptive": lambda: operators.grad_norm(grads, params, True),
+        "grad_norm": lambda: operators.grad_norm(grads, [], None, False),
+        "grad_norm, adaptive": lambda: operators.grad_norm(grads, params, layouts, True),
         "perturb_": lambda: perturb(False),
         "perturb_, its norm included": lambda: perturb(True),
-        "rademacher_": lambda: operators.rademacher_(signs, b.indices, 0, b.evaluation, 0),
+        "rademacher_": lambda: operators.rademacher_(signs, indices, 0, evaluation, 0),
         "hutchinson_, behind the first sample": lambda: operators.hutchinson_(
-            products, estimate, b.offsets, b.indices, 0, b.evaluation, 1, 3
+            products, estimate, offsets, indices, 0, evaluation, 1, 3
         ),
         "update_, lazy": lambda: update([], False),
         "update_, lazy, its check included": lambda: update([], True),

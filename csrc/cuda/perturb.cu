@@ -43,19 +43,20 @@ __device__ inline Norm norm_of(const PerturbArguments& a) {
 template <class P, bool kAdaptive>
 __global__ void __launch_bounds__(kThreads) perturb_kernel(const __grid_constant__ PerturbArguments a) {
   using T = Compute<P>;
+  // Of each entry, once a block: every thread at every entry that it comes to would be a hundred times as much float64.
+  __shared__ T scales[RowTable<2>::kCapacity];
   const Norm norm = norm_of(a);
   const bool finite = std::isfinite(norm.value);
-  int entry = -1;
-  T scale = 0;
+  for (int entry = threadIdx.x; entry < a.table.count; entry += kThreads) {
+    const int64_t row = a.table.row[entry];
+    if (row >= 0) scales[entry] = perturbation_scale<T>(a.per_row[row].rho, norm.inverse, a.settings);
+  }
+  __syncthreads();
   for (Chunks<P, RowTable<2>> chunks(a.table); chunks.more(); chunks.next()) {
 #pragma unroll 1
     for (int j = 0; j < kVectorsPerChunk<P>; ++j) {
       const Place at = chunks.place(j);
       if (at.length == 0) continue;
-      if (at.entry != entry) {
-        entry = at.entry;
-        scale = perturbation_scale<T>(a.per_row[a.table.row[entry]].rho, norm.inverse, a.settings);
-      }
       P* const weights = a.table.tensor<P>(0, at.entry) + at.element;
       const P* const gradients = a.table.tensor<const P>(1, at.entry) + at.element;
       P* const backup = static_cast<P*>(a.backup) + at.flat;
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) perturb_kernel(const __grid_constant
       if (!finite) continue;
 #pragma unroll
       for (int i = 0; i < kVector<P>; ++i) {
-        w[i] = narrow<P>(perturbed<T, kAdaptive>(widen(w[i]), widen(g[i]), scale));
+        w[i] = narrow<P>(perturbed<T, kAdaptive>(widen(w[i]), widen(g[i]), scales[at.entry]));
       }
       store<Reuse::kSoon>(w, at.length, vectors, weights);
     }
