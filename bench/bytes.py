@@ -85,7 +85,8 @@ def streams(
             return (), (size,)
         case "hutchinson_kernel":  # products, estimate (not of the first sample) -> estimate
             return (size,) if first else (size, state), (state,)
-        case "update_kernel":  # backup, gradients, m, D, products on a Hessian step -> weights, m, D on a Hessian step
+        # Backup (or weights, where there is none), gradients, m, D, products on a Hessian step -> weights, m, D on one.
+        case "update_kernel":
             return (size, size, state, state, *products), (size, state, *((state,) if products else ()))
     raise KeyError(f"{name} is unknown here: add what it must move")
 

@@ -14,7 +14,7 @@ BANDWIDTHS = (3.0e12, 3.35e12)  # bytes per second: what an H100 SXM5 reaches in
 PARAMETERS = (25.56e6, 124.44e6, 1e9)  # ResNet-50, GPT-2 small, a billion
 
 # Float64 operations per element, conversions from and to it included, as make sass shows them for float parameters.
-FLOAT64 = {"grad_norm": 2, "update_, lazy": 15}
+FLOAT64 = {"grad_norm": 2}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ CHIPS = {
     "RTX 3090 (sm_86)": Chip(82, 1.70e9, 0.94e12, 2, 2),
     "T4 (sm_75)": Chip(40, 1.59e9, 0.32e12, 2, 2),
 }
-CONVERSIONS = {"grad_norm": 1, "update_, lazy": 8}
+CONVERSIONS = {"grad_norm": 1}
 
 
 def passes(dtype: str) -> dict[str, list[tuple[str, ...]]]:

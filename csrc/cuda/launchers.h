@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "math/sassha.h"
@@ -32,8 +33,8 @@ struct Target {
 
 // The squares of a list, summed in part by each block of the kernels that read it.
 struct PartialSums {
-  double* sums;
-  int64_t count;
+  double* sums = nullptr;
+  int64_t count = 0;
 };
 
 // How many partial sums a pass over tensors of these lengths leaves: at most this many.
@@ -47,23 +48,23 @@ void sum_squares(const Target& target, const std::vector<int64_t>& numel, const 
 void finish_norm(const Target& target, const PartialSums& partial, double* norm);
 
 struct Perturbation {
-  const std::vector<int64_t>& numel;
-  const std::vector<int64_t>& offsets;
-  const Tensors& params;
-  const Tensors& grads;
+  std::vector<int64_t> numel;
+  std::vector<int64_t> offsets;
+  std::vector<int64_t> rows;
+  Tensors params;
+  Tensors grads;
   void* backup;
   double* norm;         // read; or, where there are partial sums, written
   PartialSums partial;  // of the gradients, or none
-  double rho;
-  bool adaptive;
-  bool maximize;
+  const RowSettings* per_row;
+  Settings settings;
 };
 
 void perturb(const Target& target, const Perturbation& arguments);
 
 // What the random signs depend on beside an element's index.
 struct Signs {
-  const std::vector<int64_t>& indices;
+  std::vector<int64_t> indices;
   uint64_t seed;
   const int64_t* evaluation;
   uint32_t sample;
@@ -72,9 +73,9 @@ struct Signs {
 void rademacher(const Target& target, const std::vector<int64_t>& numel, const Tensors& signs, const Signs& stream);
 
 struct Estimate {
-  const std::vector<int64_t>& numel;
-  const std::vector<int64_t>& offsets;
-  const Tensors& products;
+  std::vector<int64_t> numel;
+  std::vector<int64_t> offsets;
+  Tensors products;
   void* estimate;
   Signs signs;
   bool first;
@@ -87,22 +88,22 @@ void hutchinson(const Target& target, const Estimate& arguments);
 int64_t scratch_bytes(int64_t rows);
 
 struct Update {
-  const std::vector<int64_t>& numel;
-  const std::vector<int64_t>& offsets;
-  const std::vector<int64_t>& rows;
-  const Tensors& params;
-  const Tensors& grads;
-  const Tensors* products;  // on a Hessian step
-  const void* backup;
+  std::vector<int64_t> numel;
+  std::vector<int64_t> offsets;
+  std::vector<int64_t> rows;
+  Tensors params;
+  Tensors grads;
+  std::optional<Tensors> products;  // on a Hessian step
+  const void* backup;               // null where the step is from params themselves
   void* exp_avg;
   void* exp_hessian;
-  int64_t* steps;  // [step_rows][2]
-  int64_t step_rows;
+  int64_t* steps;  // [row_count][2]
+  const RowSettings* per_row;
+  int64_t row_count;
   int64_t* skipped;
-  const std::vector<Scalar>& guards;
+  std::vector<Scalar> guards;
   bool guard_grads;
-  const Scalar* lr_tensor;  // in place of lr
-  Hyperparameters hyperparameters;
+  Settings settings;
   PartialSums partial;  // room for the sums of gradients and products, and one more
   void* scratch;
 };

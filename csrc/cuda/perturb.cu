@@ -11,29 +11,48 @@
 namespace sassha::cuda {
 
 struct PerturbArguments {
-  Table<2> table;  // params, grads
-  void* backup;    // where the table's first unit lies
+  RowTable<2> table;  // params, grads
+  void* backup;       // where the table's first unit lies
   double* norm;
   const double* partial;
   int64_t partial_count;
-  double rho;
-  bool maximize;
+  const RowSettings* per_row;
+  Settings settings;
 };
+
+struct Norm {
+  double value;
+  double inverse;
+};
+
+// To every thread of the block. Every block finishes the norm for itself, all to the same bits: a launch of its own
+// would take longer. One thread does: a root and a division are many instructions where float64 units are few.
+__device__ inline Norm norm_of(const PerturbArguments& a) {
+  __shared__ Norm norm;
+  const bool measured = a.partial_count > 0;
+  const double sum = measured ? block_sum(a.partial, a.partial_count) : 0;
+  if (threadIdx.x == 0) {
+    norm.value = measured ? std::sqrt(sum) : *a.norm;
+    norm.inverse = inverse_norm(norm.value);
+    if (measured && blockIdx.x == 0) *a.norm = norm.value;
+  }
+  __syncthreads();
+  return norm;
+}
 
 template <class P, bool kAdaptive>
 __global__ void __launch_bounds__(kThreads) perturb_kernel(const __grid_constant__ PerturbArguments a) {
   using T = Compute<P>;
-  double norm;
-  if (a.partial_count > 0) {
-    // Every block finishes the norm for itself, all to the same bits: a launch of its own would take longer.
-    norm = std::sqrt(block_sum(a.partial, a.partial_count));
-    if (blockIdx.x == 0 && threadIdx.x == 0) *a.norm = norm;
-  } else {
-    norm = *a.norm;
+  // Of each entry, once a block: every thread at every entry that it comes to would be a hundred times as much float64.
+  __shared__ T scales[RowTable<2>::kCapacity];
+  const Norm norm = norm_of(a);
+  const bool finite = std::isfinite(norm.value);
+  for (int entry = threadIdx.x; entry < a.table.count; entry += kThreads) {
+    const int64_t row = a.table.row[entry];
+    if (row >= 0) scales[entry] = perturbation_scale<T>(a.per_row[row].rho, norm.inverse, a.settings);
   }
-  const bool finite = std::isfinite(norm);
-  const T scale = perturbation_scale<T>(a.rho, norm, a.maximize);
-  for (Chunks<P, Table<2>> chunks(a.table); chunks.more(); chunks.next()) {
+  __syncthreads();
+  for (Chunks<P, RowTable<2>> chunks(a.table); chunks.more(); chunks.next()) {
 #pragma unroll 1
     for (int j = 0; j < kVectorsPerChunk<P>; ++j) {
       const Place at = chunks.place(j);
@@ -49,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) perturb_kernel(const __grid_constant
       if (!finite) continue;
 #pragma unroll
       for (int i = 0; i < kVector<P>; ++i) {
-        w[i] = narrow<P>(perturbed<T, kAdaptive>(widen(w[i]), widen(g[i]), scale));
+        w[i] = narrow<P>(perturbed<T, kAdaptive>(widen(w[i]), widen(g[i]), scales[at.entry]));
       }
       store<Reuse::kSoon>(w, at.length, vectors, weights);
     }
@@ -59,18 +78,25 @@ __global__ void __launch_bounds__(kThreads) perturb_kernel(const __grid_constant
 void perturb(const Target& target, const Perturbation& p) {
   with_dtype(p.params.dtype, [&](auto type) {
     using P = typename decltype(type)::type;
-    const auto kernel = p.adaptive ? perturb_kernel<P, true> : perturb_kernel<P, false>;
-    for_each_table<Table<2>>(
+    const auto kernel = p.settings.adaptive != 0 ? perturb_kernel<P, true> : perturb_kernel<P, false>;
+    for_each_table<RowTable<2>>(
         p.numel, &p.offsets,
-        [&](Table<2>& table, int entry, int64_t i) {
+        [&](RowTable<2>& table, int entry, int64_t i) {
+          table.set_row(entry, i, p.rows);
           if (i < 0) return;
           table.data[0][entry] = p.params.data[i];
           table.data[1][entry] = p.grads.data[i];
         },
-        [&](const Table<2>& table, int64_t origin) {
-          launch_over_table(target, kernel,
-                            PerturbArguments{table, static_cast<P*>(p.backup) + origin, p.norm, p.partial.sums,
-                                             p.partial.count, p.rho, p.maximize});
+        [&](const RowTable<2>& table, int64_t origin) {
+          PerturbArguments arguments;
+          arguments.table = table;
+          arguments.backup = static_cast<P*>(p.backup) + origin;
+          arguments.norm = p.norm;
+          arguments.partial = p.partial.sums;
+          arguments.partial_count = p.partial.count;
+          arguments.per_row = p.per_row;
+          arguments.settings = p.settings;
+          launch_over_table(target, kernel, arguments);
         });
   });
 }

@@ -53,6 +53,16 @@ struct Table {
   }
 };
 
+// A table whose tensors have a row each: of their counts, and of what each has of its own.
+template <int kLists>
+struct RowTable : Table<kLists, sizeof(int32_t)> {
+  int32_t row[Table<kLists, sizeof(int32_t)>::kCapacity];  // -1 for a gap
+
+  void set_row(int entry, int64_t tensor, const std::vector<int64_t>& rows) {
+    row[entry] = tensor < 0 ? -1 : static_cast<int32_t>(rows[tensor]);
+  }
+};
+
 // Host side: fills tables with tensors and hands each full one on.
 //
 // describe(table, entry, tensor): fills in pointers and more; tensor is -1 for a gap, whose pointers are null already.

@@ -4,6 +4,7 @@
 // takes it from the graph's pool.
 
 #include <optional>
+#include <utility>
 
 #include "arguments.h"
 #include "cuda/launchers.h"
@@ -57,14 +58,19 @@ void check_device(const Tensor& tensor, const Tensor& param, const char* name) {
 
 Tensor scratch(const Tensor& like, int64_t bytes) { return torch::stable::new_empty(like, {bytes}, ScalarType::Byte); }
 
+const RowSettings* row_settings(const Tensor& per_row) {
+  return static_cast<const RowSettings*>(per_row.const_data_ptr());
+}
+
 PartialSums partial_sums(const Tensor& memory) { return {static_cast<double*>(memory.mutable_data_ptr()), 0}; }
 
 int64_t sums_bytes(const Target& target, const std::vector<int64_t>& numel) {
   return most_partial_sums(target, numel) * static_cast<int64_t>(sizeof(double));
 }
 
-Tensor grad_norm(StableListHandle grad_list, StableListHandle param_list, bool adaptive) {
-  const TensorList params(param_list);
+Tensor grad_norm(StableListHandle grad_list, StableListHandle param_list, std::optional<Tensor> layouts,
+                 bool adaptive) {
+  const TensorList params(param_list, layouts);
   const bool alone = params.empty() && !adaptive;
   const TensorList grads = alone ? TensorList(grad_list) : TensorList(grad_list, params);
   check_grad_norm(params, grads, alone);
@@ -85,29 +91,45 @@ Tensor grad_norm(StableListHandle grad_list, StableListHandle param_list, bool a
 }
 
 void perturb_(StableListHandle param_list, StableListHandle grad_list, Tensor backup, std::vector<int64_t> offsets,
-              Tensor norm, bool measure, double rho, bool adaptive, bool maximize) {
-  const TensorList params(param_list);
+              std::vector<int64_t> rows, Tensor layouts, Tensor norm, bool measure, Tensor per_row,
+              std::vector<double> numbers) {
+  const TensorList params(param_list, layouts);
   const TensorList grads(grad_list, params);
-  check_perturb(params, grads, backup, offsets, norm);
+  const Settings settings = settings_of(numbers);
+  check_perturb(params, grads, backup, offsets, rows, norm, per_row);
   if (params.empty()) return;
   const Tensor first = params.tensor(0);
   params.check_device(first);
   grads.check_device(first);
   check_device(backup, first, "backup");
   check_device(norm, first, "norm");
+  check_device(per_row, first, "per_row");
   const Scope scope(first);
   const Target target{"perturb_", scope.stream()};
-  const auto numel = lengths_of(params);
-  const Tensors weights = memory_of(params), gradients = memory_of(grads);
-  const Tensor memory = scratch(first, measure ? sums_bytes(target, numel) : 0);
-  PartialSums partial = partial_sums(memory);
-  if (measure) sum_squares(target, numel, gradients, adaptive ? &weights : nullptr, partial);
-  const Perturbation arguments{
-      numel,   offsets, weights,  gradients, backup.mutable_data_ptr(), static_cast<double*>(norm.mutable_data_ptr()),
-      partial, rho,     adaptive, maximize,
-  };
-  perturb(target, arguments);
+  Perturbation p{};
+  p.numel = lengths_of(params);
+  p.offsets = std::move(offsets);
+  p.rows = std::move(rows);
+  p.params = memory_of(params);
+  p.grads = memory_of(grads);
+  p.backup = backup.mutable_data_ptr();
+  p.norm = static_cast<double*>(norm.mutable_data_ptr());
+  p.per_row = row_settings(per_row);
+  p.settings = settings;
+  const Tensor memory = scratch(first, measure ? sums_bytes(target, p.numel) : 0);
+  p.partial = partial_sums(memory);
+  if (measure) sum_squares(target, p.numel, p.grads, settings.adaptive != 0 ? &p.params : nullptr, p.partial);
+  perturb(target, p);
   params.write_back();
+}
+
+Signs signs_of(std::vector<int64_t> indices, int64_t seed, const Tensor& evaluation, int64_t sample) {
+  return {
+      std::move(indices),
+      static_cast<uint64_t>(seed),
+      static_cast<const int64_t*>(evaluation.const_data_ptr()),
+      static_cast<uint32_t>(sample),
+  };
 }
 
 void rademacher_(StableListHandle sign_list, std::vector<int64_t> indices, int64_t seed, Tensor evaluation,
@@ -120,12 +142,7 @@ void rademacher_(StableListHandle sign_list, std::vector<int64_t> indices, int64
   signs.check_device(first);
   check_device(evaluation, first, "evaluation");
   const Scope scope(first);
-  const Signs stream{
-      indices,
-      static_cast<uint64_t>(seed),
-      static_cast<const int64_t*>(evaluation.const_data_ptr()),
-      static_cast<uint32_t>(sample),
-  };
+  const Signs stream = signs_of(std::move(indices), seed, evaluation, sample);
   rademacher({"rademacher_", scope.stream()}, lengths_of(signs), memory_of(signs), stream);
   signs.write_back();
 }
@@ -140,82 +157,64 @@ void hutchinson_(StableListHandle product_list, Tensor estimate, std::vector<int
   check_device(estimate, first, "estimate");
   check_device(evaluation, first, "evaluation");
   const Scope scope(first);
-  const auto numel = lengths_of(products);
-  const Tensors memory = memory_of(products);
-  const Estimate arguments{
-      numel,
-      offsets,
-      memory,
-      estimate.mutable_data_ptr(),
-      {
-          indices,
-          static_cast<uint64_t>(seed),
-          static_cast<const int64_t*>(evaluation.const_data_ptr()),
-          static_cast<uint32_t>(sample),
-      },
-      sample == 0,
-      sample == samples - 1 ? samples : 1,
-  };
-  hutchinson({"hutchinson_", scope.stream()}, arguments);
+  Estimate e{};
+  e.numel = lengths_of(products);
+  e.offsets = std::move(offsets);
+  e.products = memory_of(products);
+  e.estimate = estimate.mutable_data_ptr();
+  e.signs = signs_of(std::move(indices), seed, evaluation, sample);
+  e.first = sample == 0;
+  e.divisor = sample == samples - 1 ? samples : 1;
+  hutchinson({"hutchinson_", scope.stream()}, e);
 }
 
-void update_(StableListHandle param_list, StableListHandle grad_list, StableListHandle product_list, Tensor backup,
-             Tensor exp_avg, Tensor exp_hessian, Tensor steps, Tensor skipped, std::vector<int64_t> offsets,
-             std::vector<int64_t> rows, std::vector<Tensor> guards, bool guard_grads, std::optional<Tensor> lr_tensor,
-             double lr, double beta1, double beta2, double eps, double weight_decay, double hessian_power,
-             int64_t bias_correction, bool maximize) {
-  const TensorList params(param_list);
+void update_(StableListHandle param_list, StableListHandle grad_list, StableListHandle product_list,
+             std::optional<Tensor> backup, Tensor exp_avg, Tensor exp_hessian, Tensor steps, Tensor skipped,
+             std::vector<int64_t> offsets, std::vector<int64_t> rows, Tensor layouts, std::vector<Tensor> guards,
+             bool guard_grads, Tensor per_row, std::vector<double> numbers) {
+  const TensorList params(param_list, layouts);
   const TensorList grads(grad_list, params);
   const bool hessian_step = list_size(product_list) > 0;
   const TensorList products = hessian_step ? TensorList(product_list, params) : TensorList(product_list);
-  check_update(params, grads, products, backup, exp_avg, exp_hessian, steps, skipped, offsets, rows);
-  const BiasCorrection correction = bias_correction_of(bias_correction);
+  const Settings settings = settings_of(numbers);
+  check_update(params, grads, products, backup, exp_avg, exp_hessian, steps, skipped, offsets, rows, per_row);
   for (const TensorList* list : {&params, &grads, &products}) list->check_device(steps);
-  for (const auto& [tensor, name] : {std::pair(&backup, "backup"), std::pair(&exp_avg, "exp_avg"),
-                                     std::pair(&exp_hessian, "exp_hessian"), std::pair(&skipped, "skipped")}) {
-    check_device(*tensor, steps, name);
-  }
-  std::vector<Scalar> guard_scalars;
-  for (const Tensor& guard : guards) {
-    check_device(guard, steps, "a guard");
-    guard_scalars.push_back(scalar_of(guard, "a guard"));
-  }
-  std::optional<Scalar> rate;
-  if (lr_tensor) {
-    check_device(*lr_tensor, steps, "lr_tensor");
-    rate = scalar_of(*lr_tensor, "lr_tensor");
-  }
-  const Scope scope(steps);
-  const auto numel = lengths_of(params);
+  if (backup) check_device(*backup, steps, "backup");
+  check_device(exp_avg, steps, "exp_avg");
+  check_device(exp_hessian, steps, "exp_hessian");
+  check_device(skipped, steps, "skipped");
+  check_device(per_row, steps, "per_row");
   const Dtype dtype = dtype_of(exp_avg.scalar_type());
   const auto memory = [&](const TensorList& list) { return list.empty() ? Tensors{dtype, {}} : memory_of(list); };
-  const Tensors param_memory = memory(params), grad_memory = memory(grads), product_memory = memory(products);
+  const Scope scope(steps);
   const Target target{"update_", scope.stream()};
+  Update u{};
+  u.numel = lengths_of(params);
+  u.offsets = std::move(offsets);
+  u.rows = std::move(rows);
+  u.params = memory(params);
+  u.grads = memory(grads);
+  if (hessian_step) u.products = memory(products);
+  u.backup = backup ? backup->const_data_ptr() : nullptr;
+  u.exp_avg = exp_avg.mutable_data_ptr();
+  u.exp_hessian = exp_hessian.mutable_data_ptr();
+  u.steps = static_cast<int64_t*>(steps.mutable_data_ptr());
+  u.per_row = row_settings(per_row);
+  u.row_count = steps.size(0);
+  u.skipped = static_cast<int64_t*>(skipped.mutable_data_ptr());
+  for (const Tensor& guard : guards) {
+    check_device(guard, steps, "a guard");
+    u.guards.push_back(scalar_of(guard, "a guard"));
+  }
+  u.guard_grads = guard_grads;
+  u.settings = settings;
   // Gradients, products, and a launch for every few guards.
   const int64_t guard_bytes = static_cast<int64_t>((guards.size() + 1) * sizeof(double));
-  const Tensor sums = scratch(steps, 2 * sums_bytes(target, numel) + guard_bytes);
-  const Tensor prepared = scratch(steps, scratch_bytes(steps.size(0)));
-  const Update arguments{
-      numel,
-      offsets,
-      rows,
-      param_memory,
-      grad_memory,
-      hessian_step ? &product_memory : nullptr,
-      backup.const_data_ptr(),
-      exp_avg.mutable_data_ptr(),
-      exp_hessian.mutable_data_ptr(),
-      static_cast<int64_t*>(steps.mutable_data_ptr()),
-      steps.size(0),
-      static_cast<int64_t*>(skipped.mutable_data_ptr()),
-      guard_scalars,
-      guard_grads,
-      rate ? &*rate : nullptr,
-      {lr, beta1, beta2, eps, weight_decay, hessian_power, correction, maximize},
-      partial_sums(sums),
-      prepared.mutable_data_ptr(),
-  };
-  update(target, arguments);
+  const Tensor sums = scratch(steps, 2 * sums_bytes(target, u.numel) + guard_bytes);
+  const Tensor prepared = scratch(steps, scratch_bytes(u.row_count));
+  u.partial = partial_sums(sums);
+  u.scratch = prepared.mutable_data_ptr();
+  update(target, u);
   params.write_back();
 }
 

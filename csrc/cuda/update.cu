@@ -13,9 +13,10 @@
 
 namespace sassha::cuda {
 
-// What the elements of one parameter share in this step, and its counts behind it.
+// What the elements of one parameter share in this step, and its counts behind it. T: the compute type.
+template <class T>
 struct Prepared {
-  UpdateScalars scalars;
+  UpdateScalars<T> scalars;
   int64_t step;
   int64_t hessian_step;
 };
@@ -27,11 +28,11 @@ struct Chores {
   Scalar guards[kGuards];
   int guard_count;
   bool hessian_step;
-  Hyperparameters hyperparameters;
-  Scalar lr_tensor;  // in place of hyperparameters.lr, unless null
+  Settings settings;
   const int64_t* steps;
+  const RowSettings* per_row;
   int64_t rows;
-  Prepared* prepared;
+  void* prepared;  // Prepared<T>[rows]
 };
 
 struct InspectArguments {
@@ -40,22 +41,23 @@ struct InspectArguments {
   Chores chores;
 };
 
-__device__ inline void prepare(const Chores& chores) {
-  Hyperparameters hyperparameters = chores.hyperparameters;
-  if (chores.lr_tensor.data != nullptr) hyperparameters.lr = value_of(chores.lr_tensor);
+template <class T>
+__device__ void prepare(const Chores& chores) {
+  Prepared<T>* const prepared = static_cast<Prepared<T>*>(chores.prepared);
   for (int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x; row < chores.rows;
        row += int64_t{gridDim.x} * kThreads) {
     const int64_t step = chores.steps[2 * row] + 1;
     int64_t hessian_step = chores.steps[2 * row + 1];
-    if (chores.hessian_step) hessian_step = next_hessian_step(hyperparameters.bias_correction, step, hessian_step);
-    chores.prepared[row] = {update_scalars(hyperparameters, step, hessian_step), step, hessian_step};
+    if (chores.hessian_step) hessian_step = next_hessian_step(chores.settings, step, hessian_step);
+    const auto scalars = update_scalars<T>(chores.settings, chores.per_row[row], step, hessian_step);
+    prepared[row] = {scalars, step, hessian_step};
   }
 }
 
 template <class P>
 __global__ void __launch_bounds__(kThreads) inspect_kernel(const __grid_constant__ InspectArguments a) {
-  prepare(a.chores);
   double sum = share_of_findings<P>(a.table);
+  prepare<Compute<P>>(a.chores);
   if (threadIdx.x != 0) return;
   if (blockIdx.x == 0) {
     for (int i = 0; i < a.chores.guard_count; ++i) {
@@ -66,29 +68,25 @@ __global__ void __launch_bounds__(kThreads) inspect_kernel(const __grid_constant
   a.partial[blockIdx.x] = sum;
 }
 
-template <int kLists>
-struct UpdateTable : Table<kLists, sizeof(int32_t)> {
-  int32_t row[Table<kLists, sizeof(int32_t)>::kCapacity];  // of the counts; -1 for a gap
-};
-
 // H: the dtype of the products, void on a lazy step.
-template <class H>
+template <class P, class H>
 struct UpdateArguments {
-  static constexpr int kLists = std::is_void_v<H> ? 2 : 3;
-  UpdateTable<kLists> table;  // params, grads and, on a Hessian step, products
-  const void* backup;         // this and the next two: where the table's first unit lies
-  void* exp_avg;
-  void* exp_hessian;
+  using T = Compute<P>;
+  using AnyTable = RowTable<std::is_void_v<H> ? 2 : 3>;
+  AnyTable table;   // params, grads and, on a Hessian step, products
+  const P* backup;  // this and the next two: where the table's first unit lies; or null, and w is in params
+  T* exp_avg;
+  T* exp_hessian;
   int64_t* steps;
   int64_t* skipped;
-  const Prepared* prepared;
+  const Prepared<T>* prepared;
   const double* partial;
   int64_t partial_count;
-  UpdateConstants constants;
+  UpdateConstants<T> constants;
 };
 
-template <class H>
-__device__ void record(const UpdateArguments<H>& a, bool finite) {
+template <class P, class H>
+__device__ void record(const UpdateArguments<P, H>& a, bool finite) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *a.skipped = finite ? 0 : 1;
   if (!finite) return;
   for (int entry = blockIdx.x * kThreads + threadIdx.x; entry < a.table.count; entry += gridDim.x * kThreads) {
@@ -101,13 +99,13 @@ __device__ void record(const UpdateArguments<H>& a, bool finite) {
 
 // params <- backup
 template <class P, class H>
-__device__ void restore(const UpdateArguments<H>& a) {
-  for (Chunks<P, UpdateTable<UpdateArguments<H>::kLists>> chunks(a.table); chunks.more(); chunks.next()) {
+__device__ void restore(const UpdateArguments<P, H>& a) {
+  for (Chunks<P, typename UpdateArguments<P, H>::AnyTable> chunks(a.table); chunks.more(); chunks.next()) {
 #pragma unroll 1
     for (int j = 0; j < kVectorsPerChunk<P>; ++j) {
       const Place at = chunks.place(j);
       P* const weights = a.table.template tensor<P>(0, at.entry) + at.element;
-      const P* const backup = static_cast<const P*>(a.backup) + at.flat;
+      const P* const backup = a.backup + at.flat;
       const bool vectors = at.template whole<P>() && aligned(weights, backup);
       P w[kVector<P>];
       load<Reuse::kLate>(backup, at.length, vectors, w);
@@ -120,33 +118,37 @@ __device__ void restore(const UpdateArguments<H>& a) {
 constexpr int kUpdateBlocks = 4;
 
 template <class P, class H, Power kPower>
-__global__ void __launch_bounds__(kThreads, kUpdateBlocks) update_kernel(const __grid_constant__ UpdateArguments<H> a) {
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks)
+    update_kernel(const __grid_constant__ UpdateArguments<P, H> a) {
   using T = Compute<P>;
   constexpr bool kHessianStep = !std::is_void_v<H>;
   using Product = std::conditional_t<kHessianStep, H, P>;
-  using AnyTable = UpdateTable<UpdateArguments<H>::kLists>;
+  using AnyTable = typename UpdateArguments<P, H>::AnyTable;
 
   const bool finite = std::isfinite(block_sum(a.partial, a.partial_count));
   record(a, finite);
-  if (!finite) return restore<P>(a);
+  if (!finite) {
+    if (a.backup != nullptr) restore(a);
+    return;
+  }
   int entry = -1;
-  UpdateScalars scalars;
+  UpdateScalars<T> scalars;
   for (Chunks<P, AnyTable> chunks(a.table); chunks.more(); chunks.next()) {
 #pragma unroll 1
     for (int j = 0; j < kVectorsPerChunk<P>; ++j) {
       const Place at = chunks.place(j);
       if (at.length == 0) continue;
       P* const weights = a.table.template tensor<P>(0, at.entry) + at.element;
-      const P* const backup = static_cast<const P*>(a.backup) + at.flat;
+      const P* const old = a.backup != nullptr ? a.backup + at.flat : weights;
       P w[kVector<P>];
       if (at.entry != entry) {
         entry = at.entry;
         scalars = a.prepared[a.table.row[entry]].scalars;
       }
       const P* const gradients = a.table.template tensor<const P>(1, at.entry) + at.element;
-      T* const exp_avg = static_cast<T*>(a.exp_avg) + at.flat;
-      T* const exp_hessian = static_cast<T*>(a.exp_hessian) + at.flat;
-      bool vectors = at.whole<P>() && aligned(weights, backup, gradients, exp_avg, exp_hessian);
+      T* const exp_avg = a.exp_avg + at.flat;
+      T* const exp_hessian = a.exp_hessian + at.flat;
+      bool vectors = at.template whole<P>() && aligned(weights, old, gradients, exp_avg, exp_hessian);
       P g[kVector<P>];
       [[maybe_unused]] Product product[kVector<P>];
       if constexpr (kHessianStep) {
@@ -154,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks) update_kernel(const _
         vectors = vectors && aligned(products);
         load<Reuse::kLate>(products, at.length, vectors, product);
       }
-      load<Reuse::kLate>(backup, at.length, vectors, w);
+      load<Reuse::kLate>(old, at.length, vectors, w);
       load<Reuse::kLate>(gradients, at.length, vectors, g);
       // The state of narrow parameters is wider than they are: one vector of it at a time spares registers.
 #pragma unroll
@@ -206,12 +208,12 @@ void inspect(const Target& target, const std::vector<int64_t>& numel, const Tens
 PartialSums inspect(const Target& target, const Update& u) {
   PartialSums partial{u.partial.sums, 0};
   Chores chores{};
-  chores.hessian_step = u.products != nullptr;
-  chores.hyperparameters = u.hyperparameters;
-  if (u.lr_tensor) chores.lr_tensor = *u.lr_tensor;
+  chores.hessian_step = u.products.has_value();
+  chores.settings = u.settings;
   chores.steps = u.steps;
-  chores.rows = u.step_rows;
-  chores.prepared = static_cast<Prepared*>(u.scratch);
+  chores.per_row = u.per_row;
+  chores.rows = u.row_count;
+  chores.prepared = u.scratch;
   std::vector<Scalar> guards = u.guards;
   const std::vector<int64_t> none;
   inspect(target, u.guard_grads ? u.numel : none, u.grads, chores, guards, partial);
@@ -222,38 +224,37 @@ PartialSums inspect(const Target& target, const Update& u) {
 
 template <class P, class H, Power kPower>
 void update_as(const Target& target, const Update& u, const PartialSums& partial) {
-  constexpr int kLists = UpdateArguments<H>::kLists;
   using T = Compute<P>;
+  using AnyTable = typename UpdateArguments<P, H>::AnyTable;
   const auto kernel = update_kernel<P, H, kPower>;
-  for_each_table<UpdateTable<kLists>>(
+  for_each_table<AnyTable>(
       u.numel, &u.offsets,
-      [&](UpdateTable<kLists>& table, int entry, int64_t i) {
-        table.row[entry] = i < 0 ? -1 : static_cast<int32_t>(u.rows[i]);
+      [&](AnyTable& table, int entry, int64_t i) {
+        table.set_row(entry, i, u.rows);
         if (i < 0) return;
         table.data[0][entry] = u.params.data[i];
         table.data[1][entry] = u.grads.data[i];
-        if constexpr (kLists == 3) table.data[2][entry] = u.products->data[i];
+        if constexpr (!std::is_void_v<H>) table.data[2][entry] = u.products->data[i];
       },
-      [&](const UpdateTable<kLists>& table, int64_t origin) {
-        launch_over_table(target, kernel,
-                          UpdateArguments<H>{
-                              table,
-                              static_cast<const P*>(u.backup) + origin,
-                              static_cast<T*>(u.exp_avg) + origin,
-                              static_cast<T*>(u.exp_hessian) + origin,
-                              u.steps,
-                              u.skipped,
-                              static_cast<const Prepared*>(u.scratch),
-                              partial.sums,
-                              partial.count,
-                              update_constants(u.hyperparameters),
-                          });
+      [&](const AnyTable& table, int64_t origin) {
+        UpdateArguments<P, H> arguments;
+        arguments.table = table;
+        arguments.backup = u.backup ? static_cast<const P*>(u.backup) + origin : nullptr;
+        arguments.exp_avg = static_cast<T*>(u.exp_avg) + origin;
+        arguments.exp_hessian = static_cast<T*>(u.exp_hessian) + origin;
+        arguments.steps = u.steps;
+        arguments.skipped = u.skipped;
+        arguments.prepared = static_cast<const Prepared<T>*>(u.scratch);
+        arguments.partial = partial.sums;
+        arguments.partial_count = partial.count;
+        arguments.constants = update_constants<T>(u.settings);
+        launch_over_table(target, kernel, arguments);
       });
 }
 
 template <class P, class H>
 void update_with(const Target& target, const Update& u, const PartialSums& partial) {
-  switch (power_of(u.hyperparameters.hessian_power)) {
+  switch (power_of(u.settings.hessian_power)) {
     case Power::kSquareRoot:
       return update_as<P, H, Power::kSquareRoot>(target, u, partial);
     case Power::kIdentity:
@@ -265,7 +266,8 @@ void update_with(const Target& target, const Update& u, const PartialSums& parti
 
 }  // namespace
 
-int64_t scratch_bytes(int64_t rows) { return rows * static_cast<int64_t>(sizeof(Prepared)); }
+// Of double, which takes the most.
+int64_t scratch_bytes(int64_t rows) { return rows * static_cast<int64_t>(sizeof(Prepared<double>)); }
 
 void update(const Target& target, const Update& u) {
   const PartialSums partial = inspect(target, u);

@@ -35,12 +35,14 @@ CONFORMANCE = {
     "perturb": (
         "test_perturb_moves_every_element_by_the_formula_and_nothing_else",
         "test_perturb_measures_the_norm_that_grad_norm_does",
+        "test_every_parameter_has_its_own_rho",
     ),
     "update": (
         "test_update_changes_every_element_by_the_formula_and_nothing_else",
         "test_update_is_the_formula_in_every_mode",
         "test_update_takes_products_in_the_dtype_of_the_state",
-        "test_a_tensor_takes_the_place_of_the_learning_rate",
+        "test_every_parameter_has_its_own_learning_rate_and_decay",
+        "test_without_a_backup_the_step_is_from_the_weights_themselves",
     ),
     "standstill": (
         "test_a_given_norm_that_is_not_finite_moves_no_weight",

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from sassha_fused import Sassha, available_backends
 from sassha_fused.graphs import GraphedStep
-from sassha_fused.ops import operators
+from sassha_fused.layout import layouts_of
+from sassha_fused.ops import Operators, operators
+from sassha_fused.settings import Settings
 from tests.support.backends import BACKENDS
+from tests.support.calls import HYPER
 from tests.support.problems import STYLES, assert_same
 from tests.support.reference import formula_perturb, signs
 
@@ -198,6 +201,16 @@ def test_parameters_may_lie_on_several_devices_whichever_is_current(backend: str
     assert_same(results[2], results[0])
 
 
+def perturb(
+    kernels: Operators, w: Tensor, g: Tensor, backup: Tensor, norm: Tensor, *,
+    rho: float = 0.1, table: str = "cuda", layouts: Tensor | None = None,
+) -> None:  # fmt: skip
+    """perturb_ of one parameter by a given norm; table: the device of per_row."""
+    per_row = torch.tensor([[0.0, 0.0, rho]], dtype=torch.float64, device=table)
+    layouts = layouts_of([w]) if layouts is None else layouts
+    kernels.perturb_([w], [g], backup, [0], [0], layouts, norm, False, per_row, list(Settings.of(HYPER)))
+
+
 def test_tensors_beyond_two_to_the_31_elements(backend: str) -> None:
     count = 2**31 + 300
     if torch.cuda.mem_get_info()[0] < 4 * 2 * count + (4 << 30):
@@ -211,11 +224,11 @@ def test_tensors_beyond_two_to_the_31_elements(backend: str) -> None:
         tensor[tail] = torch.randn(1000, generator=generator).bfloat16().cuda()
     old, gradient = w[tail].cpu(), g[tail].cpu()
     norm = torch.tensor(3.0, dtype=torch.float64, device="cuda")
-    kernels.perturb_([w], [g], backup, [0], norm, False, 0.5, False, False)
+    perturb(kernels, w, g, backup, norm, rho=0.5)
     exact = formula_perturb(old.double(), gradient.double(), 3.0, 0.5, False, False)
     assert_same(w[tail].cpu(), exact.w.float().bfloat16())
     assert_same(backup[count - 1000 : count].cpu(), old)
-    measured = kernels.grad_norm([g], [], False)
+    measured = kernels.grad_norm([g], [], None, False)
     squares = 4.0 * (count - 1000) + float(gradient.double().square().sum())
     assert float(measured) == pytest.approx(squares**0.5, rel=1e-12)
     kernels.rademacher_([w], [5], 7, torch.tensor(1, device="cuda"), 0)
@@ -226,11 +239,15 @@ def test_a_tensor_on_another_device_is_refused(backend: str) -> None:
     kernels = operators(backend, torch.device("cuda"))
     w, g = torch.ones(200, device="cuda"), torch.ones(200, device="cuda")
     backup, norm = torch.zeros(256, device="cuda"), torch.ones((), dtype=torch.float64, device="cuda")
-    for arguments in (([w], [g.cpu()], backup, [0], norm), ([w], [g], backup.cpu(), [0], norm)):
+    for tensors in ((w, g.cpu(), backup, norm), (w, g, backup.cpu(), norm)):
         with pytest.raises((RuntimeError, ValueError), match=r"device|cpu"):
-            kernels.perturb_(*arguments, False, 0.1, False, False)
+            perturb(kernels, *tensors)
     with pytest.raises((RuntimeError, ValueError), match=r"norm .*(device|cpu)"):
-        kernels.perturb_([w], [g], backup, [0], norm.cpu(), False, 0.1, False, False)
+        perturb(kernels, w, g, backup, norm.cpu())
+    with pytest.raises((RuntimeError, ValueError), match=r"per_row .*(device|cpu)"):
+        perturb(kernels, w, g, backup, norm, table="cpu")
+    with pytest.raises((RuntimeError, ValueError), match=r"layouts .*(device|cpu|CPU)"):
+        perturb(kernels, w, g, backup, norm, layouts=layouts_of([w]).cuda())
     assert bool((w == 1).all()) and not bool(backup.any())
 
 

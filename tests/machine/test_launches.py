@@ -32,8 +32,8 @@ SHAPES: dict[str, Sequence[Shape]] = {
 }
 
 # Launches of perturb_ and update_, which are all of a lazy step, and those that a Hessian step adds to them or has in
-# place of them. A table holds 2,500 tensors where one list is read, 1,548 in perturb_ and rademacher_, 1,300 in a lazy
-# update_ and 985 in one with products.
+# place of them. A table holds 2,500 tensors where one list is read, 1,548 in rademacher_, 1,300 in perturb_ and a lazy
+# update_, and 985 in one with products.
 FEW = (
     {"perturb_ squares": 1, "perturb_ perturb": 1, "update_ inspect": 1, "update_ update": 1},
     {"rademacher_ rademacher": 1, "update_ inspect": 2},

@@ -41,6 +41,10 @@ PRODUCTS = (
     "[nan-products-float32-cuda_emulated]"
 )
 LARGEST = f"{SKIPPED}::test_the_largest_finite_gradients_and_products_skip_no_step[float32-cuda_emulated]"
+OWN_RHO = f"{FOLDER}/test_perturb.py::test_every_parameter_has_its_own_rho[not adaptive-float32-cuda_emulated]"
+OWN_RATE = f"{FOLDER}/test_update.py::test_every_parameter_has_its_own_learning_rate_and_decay"
+ALONE = f"{FOLDER}/test_update.py::test_without_a_backup_the_step_is_from_the_weights_themselves"
+REFUSED = f"{FOLDER}/test_schemas.py::test_arguments_that_do_not_fit_are_refused_and_nothing_is_written"
 PERTURB_SIZES = f"{PERTURB}[every size-float32-cuda_emulated]"
 PERTURB_ALIGNMENTS = f"{PERTURB}[every size at every alignment-float32-cuda_emulated]"
 SIGN_INDEX = f"{FOLDER}/test_signs.py::test_signs_from_any_index_on_are_those_of_the_reference[12345-cuda_emulated]"
@@ -60,6 +64,7 @@ AROUND = f"{TABLES}::test_numbers_around_the_tensors_stay_as_they_are[float32]"
 OFFSETS = f"{TABLES}::test_offsets_off_the_boundaries_of_units_are_refused[0-1-perturb_]"
 
 NORM_FILE, PERTURB_FILE, UPDATE_FILE = ("cuda/grad_norm.cu",), ("cuda/perturb.cu",), ("cuda/update.cu",)
+GLUE = ("cuda/torch.cpp",)
 SIGNS_FILE, ESTIMATE_FILE = ("cuda/rademacher.cu",), ("cuda/hutchinson.cu",)
 
 
@@ -117,7 +122,7 @@ FAULTS = {
     # table.h
     "a tensor is one too long": Fault("table.h", "- missing[entry];", "- missing[entry] + 1;", (AROUND,), PERTURB_FILE),
     "a table holds one more than it has room for": Fault(
-        "table.h", "> AnyTable::kCapacity ||", "> AnyTable::kCapacity + 1 ||", (f"{FULL_TABLE}[1549]",), PERTURB_FILE
+        "table.h", "> AnyTable::kCapacity ||", "> AnyTable::kCapacity + 1 ||", (f"{FULL_TABLE}[1301]",), PERTURB_FILE
     ),
     "a tensor's first unit is not its own": Fault(
         "table.h", "first_unit[middle] <= unit", "first_unit[middle] < unit", (UPDATE,), UPDATE_FILE
@@ -147,15 +152,15 @@ FAULTS = {
         "grad_norm.cu", "partial.count += blocks;", "partial.count += blocks - 1;", (NORM,), NORM_FILE
     ),
     "the measured norm is kept": Fault(
-        "perturb.cu", "*a.norm = norm;", "(void)norm;", (f"{FULL_TABLE}[986]",), PERTURB_FILE
+        "perturb.cu", "*a.norm = norm.value;", "(void)norm;", (f"{FULL_TABLE}[986]",), PERTURB_FILE
     ),
     "a given norm that is not finite moves the weights": Fault(
         "perturb.cu", "if (!finite) continue;", "", (GIVEN,), PERTURB_FILE
     ),
     "a norm counts as finite before it is measured": Fault(
         "perturb.cu",
-        "const bool finite = std::isfinite(norm);",
-        "const bool finite = a.partial_count > 0 || std::isfinite(norm);",
+        "const bool finite = std::isfinite(norm.value);",
+        "const bool finite = a.partial_count > 0 || std::isfinite(norm.value);",
         (MEASURED,),
         PERTURB_FILE,
     ),
@@ -165,6 +170,35 @@ FAULTS = {
         "      if (!finite) continue;\n      store<Reuse::kLate>(w, at.length, vectors, backup);\n",
         (GIVEN,),
         PERTURB_FILE,
+    ),
+    "a parameter has the rho of another row": Fault(
+        "perturb.cu", "a.per_row[row].rho", "a.per_row[entry].rho", (OWN_RHO,), PERTURB_FILE
+    ),
+    "a parameter has the rho of the first one": Fault(
+        "perturb.cu", "scales[at.entry]", "scales[0]", (OWN_RHO,), PERTURB_FILE
+    ),
+    "only the first threads' rho are known": Fault(
+        "perturb.cu",
+        "entry < a.table.count; entry += kThreads",
+        "entry < a.table.count; entry += a.table.count",
+        (f"{FULL_TABLE}[986]",),
+        PERTURB_FILE,
+    ),
+    "a gap has a rho": Fault("perturb.cu", "if (row >= 0) scales", "scales", (LEFT_OUT,), PERTURB_FILE, CHECKED),
+    # torch.cpp
+    "what was laid out otherwise is perturbed": Fault(
+        "torch.cpp",
+        "(param_list, layouts);\n  const TensorList grads(grad_list, params);\n  const Settings",
+        "(param_list);\n  const TensorList grads(grad_list, params);\n  const Settings",
+        (f"{REFUSED}[perturb_-layouts-with_other_strides-cuda_emulated]",),
+        GLUE,
+    ),
+    "what was laid out otherwise is updated": Fault(
+        "torch.cpp",
+        "(param_list, layouts);\n  const TensorList grads(grad_list, params);\n  const bool hessian_step",
+        "(param_list);\n  const TensorList grads(grad_list, params);\n  const bool hessian_step",
+        (f"{REFUSED}[update_-layouts-with_other_strides-cuda_emulated]",),
+        GLUE,
     ),
     # update.cu
     "the guards of further launches are lost": Fault(
@@ -187,17 +221,50 @@ FAULTS = {
     ),
     "a gap has a row": Fault("update.cu", "if (row < 0) continue;", "", (UPDATE,), UPDATE_FILE),
     "an uncorrected step is corrected": Fault(
-        "../math/sassha.h", "h.bias_correction != BiasCorrection::kNone", "true", (COUNTS,), UPDATE_FILE
+        "../math/sassha.h", "!corrects(settings, BiasCorrection::kNone)", "true", (COUNTS,), UPDATE_FILE
     ),
     "an uncorrected Hessian step is counted as published": Fault(
         "../math/sassha.h",
-        "correction == BiasCorrection::kStep ?",
-        "correction != BiasCorrection::kUpdate ?",
+        "corrects(settings, BiasCorrection::kStep) ?",
+        "!corrects(settings, BiasCorrection::kUpdate) ?",
         (COUNTS,),
         UPDATE_FILE,
     ),
     "a skipped step is counted": Fault("update.cu", "  if (!finite) return;\n", "", (SKIP,), UPDATE_FILE),
-    "a skipped step is taken": Fault("update.cu", "  if (!finite) return restore<P>(a);\n", "", (SKIP,), UPDATE_FILE),
+    "a skipped step is taken": Fault(
+        "update.cu", "    if (a.backup != nullptr) restore(a);\n    return;\n", "", (SKIP,), UPDATE_FILE
+    ),
+    "a skipped step restores from nowhere": Fault(
+        "update.cu", "if (a.backup != nullptr) restore(a);", "restore(a);", (SKIP,), UPDATE_FILE
+    ),
+    "a skipped step restores nothing": Fault(
+        "update.cu", "if (a.backup != nullptr) restore(a);", "", (SKIP,), UPDATE_FILE
+    ),
+    "the backup is ignored": Fault(
+        "update.cu", "a.backup != nullptr ? a.backup + at.flat : weights", "weights", (UPDATE,), UPDATE_FILE
+    ),
+    "there is a backup at all times": Fault(
+        "update.cu", "a.backup != nullptr ? a.backup + at.flat : weights", "a.backup + at.flat", (ALONE,), UPDATE_FILE
+    ),
+    "a later table's backup is that of the first": Fault(
+        "update.cu",
+        "static_cast<const P*>(u.backup) + origin",
+        "static_cast<const P*>(u.backup)",
+        (UPDATE,),
+        UPDATE_FILE,
+    ),
+    "a parameter has the learning rate of another row": Fault(
+        "update.cu", "chores.per_row[row]", "chores.per_row[row / 2]", (OWN_RATE,), UPDATE_FILE
+    ),
+    "a parameter has the scalars of another row": Fault(
+        "update.cu", "a.prepared[a.table.row[entry]].scalars", "a.prepared[entry].scalars", (OWN_RATE,), UPDATE_FILE
+    ),
+    "a parameter keeps the scalars of the one before": Fault(
+        "update.cu", "if (at.entry != entry)", "if (entry < 0)", (OWN_RATE,), UPDATE_FILE
+    ),
+    "a number is what is left of it in float32": Fault(
+        "../math/sassha.h", "static_cast<T>(x - static_cast<double>(high))", "T(0)", (DESCENDING,), UPDATE_FILE
+    ),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sassha_fused.layout import layouts_of
 from tests.support import calls, emulation
 from tests.support.backends import marks_of, operators_of
 from tests.support.cases import (
@@ -68,14 +69,16 @@ class Spread:
         case.indices[1] = case.indices[0] + self.tail
         return case
 
-    def perturb_(self, params: Any, grads: Any, backup: Tensor, offsets: Any, norm: Tensor, *rest: Any) -> None:
+    def perturb_(
+        self, params: Any, grads: Any, backup: Tensor, offsets: Any, rows: list[int], layouts: Tensor, *rest: Any
+    ) -> None:
         with (
             self.tensors(params) as w,
             self.tensors(grads) as g,
             self.buffer(backup, offsets) as kept,
             self.ends_only(),
         ):
-            self.operators.perturb_(w, g, kept, self.offsets, norm, *rest)
+            self.operators.perturb_(w, g, kept, self.offsets, rows[1:], layouts_of(w), *rest)
 
     def rademacher_(self, params: Any, indices: list[int], *rest: Any) -> None:
         with self.tensors(params) as z, self.ends_only():
@@ -86,23 +89,23 @@ class Spread:
             self.operators.hutchinson_(p, sums, self.offsets, indices[::2], *rest)
 
     def update_(
-        self, params: Any, grads: Any, products: Any, backup: Tensor, exp_avg: Tensor, exp_hessian: Tensor,
-        steps: Tensor, skipped: Tensor, offsets: Any, rows: list[int], *rest: Any,
+        self, params: Any, grads: Any, products: Any, backup: Tensor | None, exp_avg: Tensor, exp_hessian: Tensor,
+        steps: Tensor, skipped: Tensor, offsets: Any, rows: list[int], layouts: Tensor, *rest: Any,
     ) -> None:  # fmt: skip
         with (
             self.tensors(params) as w,
             self.tensors(grads) as g,
             self.tensors(products) as p,
-            self.buffer(backup, offsets) as kept,
+            nullcontext() if backup is None else self.buffer(backup, offsets) as kept,
             self.buffer(exp_avg, offsets) as m,
             self.buffer(exp_hessian, offsets) as D,
             self.ends_only(),
         ):
-            self.operators.update_(w, g, p, kept, m, D, steps, skipped, self.offsets, rows[1:], *rest)
+            self.operators.update_(w, g, p, kept, m, D, steps, skipped, self.offsets, rows[1:], layouts_of(w), *rest)
 
-    def grad_norm(self, grads: Any, params: Any, adaptive: bool) -> Tensor:
+    def grad_norm(self, grads: Any, params: Any, layouts: None, adaptive: bool) -> Tensor:
         with self.tensors(grads) as g, self.tensors(params) as w, self.ends_only():
-            return self.operators.grad_norm(g, w, adaptive)
+            return self.operators.grad_norm(g, w, layouts, adaptive)
 
     @contextmanager
     def ends_only(self) -> Iterator[None]:
@@ -150,9 +153,10 @@ def test_perturb_reaches_elements_beyond_32_bits(spread: Spread) -> None:
     check_perturb(BACKEND, spread.case(), 7.3)
 
 
+@pytest.mark.parametrize("backup", [True, False], ids=["backup", "alone"])
 @pytest.mark.parametrize("hessian", [False, True], ids=["lazy", "hessian"])
-def test_update_reaches_elements_beyond_32_bits(spread: Spread, hessian: bool) -> None:
-    check_update(BACKEND, spread.case(), hessian)
+def test_update_reaches_elements_beyond_32_bits(spread: Spread, hessian: bool, backup: bool) -> None:
+    check_update(BACKEND, spread.case(), hessian, backup)
 
 
 def test_a_skipped_step_brings_back_elements_beyond_32_bits(spread: Spread) -> None:

@@ -172,17 +172,27 @@ def negative(indices: Sequence[int]) -> Sequence[int]:
     return [*indices[:-1], -1]
 
 
-def too_large(index: int) -> int:
-    return len(BIAS_CORRECTIONS)
+def uncorrected(settings: Sequence[float]) -> Sequence[float]:
+    """With a bias correction that there is not."""
+    return [*settings[:-1], len(BIAS_CORRECTIONS)]
 
 
-def below_zero(index: int) -> int:
-    return -1
+def in_another_order(layouts: Tensor) -> Tensor:
+    return layouts.flip(0)
+
+
+def with_other_strides(layouts: Tensor) -> Tensor:
+    """The first stride of the tensor of four dimensions is another."""
+    return layouts.index_put((torch.tensor(2), torch.tensor(5)), torch.tensor(1))
 
 
 LENGTHS = (shorter, longer)
 TENSORS = (*LENGTHS, misshapen, transposed, mixed, reinterpreted, doubled)
 FLATS = (truncated, reinterpreted, doubled, with_gaps)
+ROWS = (*LENGTHS, beyond, negative)
+LAYOUTS = (shorter, reinterpreted, with_gaps, in_one_row, in_another_order, with_other_strides)
+PER_ROW = (reinterpreted, with_gaps, in_one_row)
+SETTINGS = (*LENGTHS, uncorrected)
 BAD_ARGUMENTS = [
     (name, argument, change)
     for name, argument, changes in [
@@ -190,7 +200,11 @@ BAD_ARGUMENTS = [
         ("perturb_", "grads", TENSORS),
         ("perturb_", "backup", FLATS),
         ("perturb_", "offsets", LENGTHS),
+        ("perturb_", "rows", ROWS),
+        ("perturb_", "layouts", LAYOUTS),
         ("perturb_", "norm", (reinterpreted, emptied)),
+        ("perturb_", "per_row", PER_ROW),
+        ("perturb_", "settings", SETTINGS),
         ("rademacher_", "indices", (*LENGTHS, negative)),
         ("rademacher_", "evaluation", (reinterpreted, emptied)),
         ("hutchinson_", "estimate", FLATS),
@@ -206,8 +220,10 @@ BAD_ARGUMENTS = [
         ("update_", "skipped", (reinterpreted, emptied)),
         ("update_", "guards", (reinterpreted, emptied)),
         ("update_", "offsets", LENGTHS),
-        ("update_", "rows", (*LENGTHS, beyond)),
-        ("update_", "bias_correction", (too_large, below_zero)),
+        ("update_", "rows", ROWS),
+        ("update_", "layouts", LAYOUTS),
+        ("update_", "per_row", (*PER_ROW, shorter)),
+        ("update_", "settings", SETTINGS),
     ]
     for change in changes
 ]

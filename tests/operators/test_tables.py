@@ -46,7 +46,7 @@ from tests.support.emulation import BACKEND
 
 pytestmark = marks_of(BACKEND)
 
-# Fills the tables of, in turn: update_ on a Hessian step and a lazy one, perturb_ and signs, the norm.
+# Fills the tables of, in turn: update_ on a Hessian step; a lazy one and perturb_; signs; the norm.
 CAPACITIES = (985, 1300, 1548, 2500)
 
 
@@ -86,7 +86,7 @@ def assert_as_on_the_cpu(case: Case) -> None:
         # Of small integers the sums of squares are exact, in whatever order they are taken.
         integers = [(torch.arange(g.numel()) % 7 - 3).to(g.dtype).view(g.shape) for g in case.grads]
         for adaptive in (False, True):
-            done[f"norm {adaptive}"] = operators_of(name).grad_norm(integers, integers, adaptive)
+            done[f"norm {adaptive}"] = operators_of(name).grad_norm(integers, integers, None, adaptive)
             measured = case.to("cpu")
             measured.params, measured.grads = ([g.clone() for g in integers] for _ in range(2))
             done[f"own norm {adaptive}"] = run_measured_perturb(name, measured, adaptive)
@@ -145,6 +145,15 @@ def test_more_tensors_than_a_table_holds_go_into_several(count: int) -> None:
     assert_as_on_the_cpu(chosen(singles(), range(count)))
 
 
+@pytest.mark.parametrize("count", [capacity + 1 for capacity in CAPACITIES[:2]])
+def test_every_parameter_of_several_tables_has_numbers_of_its_own(count: int) -> None:
+    case = chosen(singles(), range(count))
+    rising = torch.linspace(0, 1, count, dtype=torch.float64)
+    check_perturb(BACKEND, case, 7.3, rising)
+    for hessian in (False, True):
+        check_update(BACKEND, case, hessian, lr=rising, weight_decay=rising.flip(0))
+
+
 def test_gaps_take_their_room_in_a_table() -> None:
     # Every second part is left out: a table ends at a gap, or right before one.
     assert_as_on_the_cpu(chosen(singles(), range(0, 2001, 2)))
@@ -182,7 +191,7 @@ def test_empty_lists_are_a_step_of_no_tensors() -> None:
         run_rademacher(name, case, 5, 6, 7)
         results.append(done)
         with pytest.raises(RuntimeError):
-            operators_of(name).grad_norm([], [], False)
+            operators_of(name).grad_norm([], [], None, False)
     for found, expected in zip(*results, strict=True):
         assert_same_case(found, expected)
     assert [int(case.skipped) for case in results[0]] == [7, 7, 0, 1]
@@ -227,14 +236,14 @@ def test_nothing_is_written_where_an_offset_of_a_later_table_is_refused(operator
 
 def test_a_tensor_that_no_count_of_units_can_hold_is_refused() -> None:
     with emulation.intercepted() as launches, pytest.raises(RuntimeError, match=r"2\^38 elements or more"):
-        operators_of(BACKEND).grad_norm([sparse(2**38, torch.bfloat16)], [], False)
+        operators_of(BACKEND).grad_norm([sparse(2**38, torch.bfloat16)], [], None, False)
     assert not launches
 
 
 def test_tensors_too_long_for_one_table_together_go_into_several() -> None:
     long = sparse(2**37, torch.bfloat16)
     with emulation.intercepted() as launches:
-        operators_of(BACKEND).grad_norm([long] * 3, [], False)
+        operators_of(BACKEND).grad_norm([long] * 3, [], None, False)
     assert len(launches) == 4  # one for each, and the end of the norm
 
 
