@@ -1,4 +1,4 @@
-"""grad_norm: the norm of all gradients, summed in two stages, always in the same order, exact to float64's last bits."""
+"""grad_norm: the norm of all gradients, in two stages, always in the same order, exact to the last bits of float64."""
 
 from collections.abc import Sequence
 
