@@ -73,6 +73,11 @@ def passes(dtype: str) -> dict[str, list[tuple[str, ...]]]:
     }
 
 
+def lazy_step(dtype: str) -> dict[str, Kernel]:
+    """The kernels of a lazy step, by what they do."""
+    return dict(zip(("grad_norm", "perturb_", "check", "update_, lazy"), passes(dtype)["lazy step"], strict=True))
+
+
 def _traffic(kernels: list[tuple[str, ...]]) -> list[Traffic]:
     found = [traffic(kernel) for kernel in kernels]
     return [streams for streams in found if streams is not None]
@@ -101,14 +106,12 @@ def table(dtype: str) -> list[str]:
     return aligned(rows)
 
 
-def over_memory(chip: Chip, kernel: Kernel, code: MachineCode) -> tuple[float, float]:
+def over_memory(chip: Chip, code: MachineCode) -> tuple[float, float]:
     """The time of a kernel's float32 and of its float64 arithmetic over that of its bytes, by count.
 
     Counted is the loop over the elements that runs where nothing is amiss: the one with all streams and, of two such
     loops, the one with less float64.
     """
-    streams = traffic(kernel)
-    assert streams is not None
     loop = max(code.loops, key=lambda loop: (loops.wide_accesses(loop), -loops.float64_operations(loop)))
     moved = VECTOR_BYTES * loops.wide_accesses(loop)
     float32 = loops.float32_operations(loop) / chip.float32 + loops.float32_functions(loop) / chip.functions
@@ -122,11 +125,11 @@ def arithmetic(dtype: str, found: Mapping[str, Mapping[Kernel, MachineCode]]) ->
 
     found: the kernels by architecture.
     """
-    lazy = dict(zip(("grad_norm", "perturb_", "check", "update_, lazy"), passes(dtype)["lazy step"], strict=True))
+    lazy = lazy_step(dtype)
     rows = [("chip", *lazy)]
     for name, chip in CHIPS.items():
         if codes := found.get(architecture_of(name)):
-            ratios = [over_memory(chip, kernel, codes[kernel]) for kernel in lazy.values()]
+            ratios = [over_memory(chip, codes[kernel]) for kernel in lazy.values()]
             rows.append((name, *(f"{float32:.2f} + {float64:.2f}" for float32, float64 in ratios)))
     return aligned(rows)
 

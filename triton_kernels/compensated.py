@@ -2,8 +2,7 @@
 
 A sum is three blocks of float32, each of which takes what the one before has lost (Dot3 of Ogita, Rump and Oishi, SIAM
 J. Sci. Comput. 26, 2005). Between two calls of normalized an element may take 16 squares, whose sum is then exact to
-2^-59. What is less than 2^-149 is lost as well, at most 2^-147 of each square, and a sum beyond float32 is infinite or
-NaN.
+2^-59. What is less than 2^-149 is lost as well, at most 2^-147 of each square, and a sum beyond float32 is NaN.
 """
 
 import triton

@@ -16,7 +16,6 @@ from .tiles import UNIT, entry_of, in_vectors, load, place_of, stream, total
 
 # Below it squares may have been lost: 2^30 elements of a program that each lose 2^-147 change the 53rd binary digit.
 _SMALLEST = tl.constexpr(2.0**-64)
-_INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -74,8 +73,8 @@ def _share_in_float32(table, count, tiles, WEIGHTED: tl.constexpr, DTYPE: tl.con
         if step % SQUARES == 0:
             high, middle, low = normalized(high, middle, low)
     sum = tl.sum(value(high, middle, low), axis=0)
-    reliable = ((sum >= _SMALLEST) & (sum < _INFINITY)) | (tl.max(nonzero.to(tl.int32), axis=0) == 0)
-    return sum, reliable
+    # NaN is not.
+    return sum, (sum >= _SMALLEST) | (tl.max(nonzero.to(tl.int32), axis=0) == 0)
 
 
 @triton.jit(do_not_specialize=["table", "count", "tiles", "partial"])

@@ -25,7 +25,7 @@ __device__ __forceinline__ float fast_two_sum(float x, float y, float& lost) {
 // A sum in three floats, each of which takes what the one before has lost (Dot3 of Ogita, Rump and Oishi, SIAM J. Sci.
 // Comput. 26, 2005). Between two calls of normalize there may be 16 squares, whose sum is then exact to 2^-59.
 //
-// What is less than 2^-149 is lost as well, at most 2^-147 of each square, and a sum beyond float32 is infinite or NaN.
+// What is less than 2^-149 is lost as well, at most 2^-147 of each square, and a sum beyond float32 is NaN.
 class CompensatedSum {
  public:
   // kExact: the square has no more than 24 digits.

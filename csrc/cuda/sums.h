@@ -64,8 +64,8 @@ __device__ double share_in_float64(const AnyTable& table) {
   return block_sum(sum);
 }
 
-// The same, as exact, summed in float32. Where the sum is beyond float32, or so small that squares may have been lost
-// below it, it is summed once more in float64: by a norm of about 1e-10 or less, and 1e19 or more.
+// The same, as exact, summed in float32. Where a block's share is beyond float32, or so small that squares may have
+// been lost below it, it is summed once more in float64: a norm of less than 2e-10, or one of more than 1e19.
 template <class P, class AnyTable>
 __device__ double share_in_float32(const AnyTable& table) {
   // 2^30 elements that each lose 2^-147 change it in its 53rd binary digit.
@@ -88,8 +88,8 @@ __device__ double share_in_float32(const AnyTable& table) {
       },
       [&] { sum.normalize(); });
   const double share = block_sum(sum.value());
-  if (share >= kSmallest && std::isfinite(share)) return share;
-  if (block_sum(zero ? 0.0 : 1.0) == 0) return 0;
+  if (share >= kSmallest) return share;  // NaN is not
+  if (share == 0 && block_sum(zero ? 0.0 : 1.0) == 0) return 0;
   return share_in_float64<P>(table);
 }
 

@@ -1,19 +1,18 @@
 """grad_norm over the whole range of numbers and in each way that it is summed, against a sum in exact arithmetic."""
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.support import emulation
-from tests.support.backends import INTERPRETED
+from tests.support.backends import INTERPRETED, marks_of
 from tests.support.calls import norm_of
 from tests.support.cases import DTYPES, each_dtype, place
 from tests.support.lists import shorter
-from tests.support.ways import each_way, each_way_in_float32, summed
+from tests.support.ways import each_way, summed
 
 # Of a sum that takes squares in float64, each of which rounds it, and of one of 59 digits for each thread: relative.
 TOLERANCES = {True: 16 * 2**-53, False: 4 * 2**-53}
@@ -105,21 +104,19 @@ def test_what_is_not_finite_shows_among_numbers_of_every_size(backend: str, quic
                     assert not math.isfinite(norm_of(backend, grads, [torch.ones_like(g) for g in grads], adaptive))
 
 
-@contextlib.contextmanager
-def on_few_threads(backend: str) -> Iterator[int]:
-    """How many numbers give each thread more than two thousand, on as small a device as there is."""
-    if backend == emulation.BACKEND:
-        with emulation.device(1, 1):
-            yield 1 << 20
-    else:
-        yield 1 << 18
+@each_way
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_show_where_gradients_are_0(backend: str, quick: bool, bad: float) -> None:
+    weights = [torch.ones(133)]
+    weights[0][77] = bad
+    with summed(backend, quick):
+        assert not math.isfinite(norm_of(backend, [torch.zeros(133)], weights, True))
 
 
-@each_way_in_float32
+@pytest.mark.parametrize("backend", [pytest.param(emulation.BACKEND, marks=marks_of(emulation.BACKEND))])
 def test_norm_of_many_equal_numbers_is_exact(backend: str) -> None:
-    # Whatever is lost of each is lost in the same direction.
-    with summed(backend, False), on_few_threads(backend) as size:
-        for value in (0.1, 1.7):
-            grads = [torch.full((size,), value)]
-            expected = math.sqrt(exact_sum_of_squares(grads, None))
-            assert norm_of(backend, grads) == pytest.approx(expected, rel=TOLERANCES[False], abs=0)
+    # Of each the same is lost, in one direction: by the two thousandth that shows, if nothing makes up for it.
+    grads = [torch.full((256 * 4096,), 1.16269636)]
+    with emulation.device(1, 1):
+        found = norm_of(backend, grads)
+    assert found == pytest.approx(math.sqrt(exact_sum_of_squares(grads, None)), rel=TOLERANCES[False], abs=0)

@@ -30,9 +30,6 @@ def id_of(backend: str, quick: bool) -> str:
 each_way = pytest.mark.parametrize(
     "backend, quick", [pytest.param(*way, marks=marks_of(way[0]), id=id_of(*way)) for way in WAYS]
 )
-each_way_in_float32 = pytest.mark.parametrize(
-    "backend", [pytest.param(backend, marks=marks_of(backend)) for backend, quick in WAYS if not quick]
-)
 
 
 @contextmanager
