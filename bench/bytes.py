@@ -13,6 +13,9 @@ POWERS = ("kSquareRoot", "kIdentity", "kGeneral")  # in the order of csrc/math/s
 
 VECTOR_BYTES = 16
 
+# As in csrc/cuda/platform.h and triton_kernels/launch.py.
+QUICK_FLOAT64 = ("sm_70", "sm_80", "sm_90", "sm_100")
+
 # A kernel's name without namespaces, and its template arguments.
 Kernel = tuple[str, ...]
 
@@ -26,6 +29,7 @@ class Traffic:
         reads, writes: bytes per element of each stream.
         vectors: how many vectors the unrolled loop body has, each with all streams.
         copies: vectors of parameters that the body of a second loop copies, in place of the first.
+        loops: how many go over all streams, each with as many vectors; one runs, or both where float32 was not enough.
     """
 
     size: int
@@ -33,6 +37,7 @@ class Traffic:
     writes: tuple[int, ...]
     vectors: int = 1
     copies: int = 0
+    loops: int = 1
 
     @property
     def bytes_per_element(self) -> int:
@@ -46,15 +51,15 @@ class Traffic:
     @property
     def vector_loads(self) -> int:
         """How many 16-byte loads make up all of that; more than one per vector of a wider stream."""
-        return self.elements * sum(self.reads) // VECTOR_BYTES + self.copies
+        return self.loops * self.elements * sum(self.reads) // VECTOR_BYTES + self.copies
 
     @property
     def vector_stores(self) -> int:
-        return self.elements * sum(self.writes) // VECTOR_BYTES + self.copies
+        return self.loops * self.elements * sum(self.writes) // VECTOR_BYTES + self.copies
 
     def moved_per_element(self, vector_loads: int, vector_stores: int) -> float:
         """Bytes per element, if the machine code has this many 16-byte accesses."""
-        return VECTOR_BYTES * (vector_loads + vector_stores - 2 * self.copies) / self.elements
+        return VECTOR_BYTES * (vector_loads + vector_stores - 2 * self.copies) / (self.elements * self.loops)
 
 
 def state_size(size: int) -> int:
@@ -91,8 +96,17 @@ def streams(
     raise KeyError(f"{name} is unknown here: add what it must move")
 
 
-def traffic(kernel: Kernel) -> Traffic | None:
-    """What a kernel of csrc/cuda moves; None for one without a part per element."""
+def quick_float64(architecture: str) -> bool:
+    """Whether csrc/cuda sums the norm in float64 there: kQuickFloat64 of platform.h."""
+    return architecture in QUICK_FLOAT64
+
+
+def traffic(kernel: Kernel, quick_float64: bool = True) -> Traffic | None:
+    """What a kernel of csrc/cuda moves, on a chip that is quick at float64 or not; None if it has no part per element.
+
+    Raises:
+        KeyError: it is none of kernels().
+    """
     if kernel not in kernels():
         raise KeyError(f"{kernel} is unknown here: add what it must move")
     name, *arguments = kernel
@@ -103,7 +117,8 @@ def traffic(kernel: Kernel) -> Traffic | None:
     chunk = p
     match name:
         case "squares_kernel":
-            return Traffic(p, *streams(name, p, lists=int(arguments[1])), vectors=min(chunk, 4))
+            loops = 1 if quick_float64 or arguments[0] == "double" else 2
+            return Traffic(p, *streams(name, p, lists=int(arguments[1])), vectors=min(chunk, 4), loops=loops)
         case "inspect_kernel":  # one list at a time
             return Traffic(p, *streams(name, p), vectors=min(chunk, 4))
         case "perturb_kernel":

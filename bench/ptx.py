@@ -92,7 +92,8 @@ def traffic(compiled: Compiled) -> Traffic | None:
         product=None if product is None else BYTES[product],
     )
     # A skipped step copies the backup to the weights instead.
-    return Traffic(size, reads, writes, vectors, copies=vectors if variant.kernel == "update_kernel" else 0)
+    copies = vectors if variant.kernel == "update_kernel" else 0
+    return Traffic(size, reads, writes, vectors, copies, loops=1 if constants.get("QUICK_FLOAT64", True) else 2)
 
 
 def shown(variant: Variant) -> str:
@@ -105,6 +106,8 @@ def shown(variant: Variant) -> str:
             words.append(POWERS[value])
         elif name == "PRODUCT" and value is not None:
             words.append(f"products {value}")
+        elif name == "QUICK_FLOAT64" and not value:
+            words.append("summed in float32")
         elif name in ("ADAPTIVE", "FIRST", "WEIGHTED") and value:
             words.append(name.lower())
     return f"{variant.kernel}<{', '.join(words)}>" if words else variant.kernel

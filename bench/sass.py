@@ -5,10 +5,11 @@
 What is counted are instructions as they stand, not as they run. A kernel's body has each access twice, a 16-byte one
 for vectors and one per element for tails and pointers that are not aligned. So the 16-byte accesses are those of the
 vector path alone, and they must be exactly as many as bench/bytes.py works out from the streams: loads and stores each
-as many as streams times vectors in the unrolled body (twice that for state twice as wide as the parameters), and in
-update_ one more of each, from the loop that restores the weights of a skipped step. A stream read in narrower pieces
-leaves too few of them, one read twice too many. Bytes per element are these 16-byte accesses, without the restoring
-loop, over the elements that the body serves.
+as many as streams times vectors in the unrolled body (twice that for state twice as wide as the parameters). In update_
+there is one more of each, from the loop that restores the weights of a skipped step; in the norm, where float64 is
+slow, there are twice as many, for what float32 does not hold is summed in a second loop. A stream read in narrower
+pieces leaves too few of them, one read twice too many. Bytes per element are these 16-byte accesses, without the
+restoring loop, over the elements that the loops serve.
 
 Not seen: that a condition may leave an access out (hutchinson_ reads no estimate for the first sample, so moves less
 than is printed), and 8-byte accesses beside the 16-byte ones; narrower ones the tests count as well.
@@ -28,7 +29,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bench.bytes import POWERS, VECTOR_BYTES, Kernel, kernels, traffic
+from bench.bytes import POWERS, VECTOR_BYTES, Kernel, kernels, quick_float64, traffic
+from bench.loops import INSTRUCTION, Instruction, Loop, element_loops, float64_conversions, float64_operations
 
 LIBRARY = Path(__file__).resolve().parents[1] / "sassha_fused" / "_cuda.abi3.so"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -39,7 +41,6 @@ NO_TOOL = "cuobjdump was found neither on PATH nor in the triton wheel: pip inst
 _FUNCTION = re.compile(r"\s*Function\s*:\s*(\w+)\s*$")
 _RESOURCES = re.compile(r"\s*Function (\w+):\s*$")
 _NUMBERS = re.compile(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(LDG|STG|LDL|STL)((?:\.\w+)*)\s")
 _NARROWER = re.compile(r"[US](8|16)")
 
 
@@ -51,6 +52,7 @@ class MachineCode:
         stack: bytes; local: bytes of local memory outside it.
         spills: how many instructions load from and store to local memory.
         loads, stores: of global memory, by width in bits.
+        loops: those over the elements.
     """
 
     registers: int = 0
@@ -60,12 +62,17 @@ class MachineCode:
     spills: collections.Counter[str] = field(default_factory=collections.Counter)
     loads: collections.Counter[int] = field(default_factory=collections.Counter)
     stores: collections.Counter[int] = field(default_factory=collections.Counter)
+    loops: list[Loop] = field(default_factory=list)
 
-    def count(self, operation: str, suffixes: str) -> None:
-        if operation in ("LDL", "STL"):
-            self.spills[operation] += 1
-        else:
-            (self.loads if operation == "LDG" else self.stores)[width(suffixes)] += 1
+    def take(self, instructions: Sequence[Instruction]) -> None:
+        """Counts a kernel's instructions."""
+        for _, name, _ in instructions:
+            operation, _, suffixes = name.partition(".")
+            if operation in ("LDL", "STL"):
+                self.spills[operation] += 1
+            elif operation in ("LDG", "STG"):
+                (self.loads if operation == "LDG" else self.stores)[width(suffixes)] += 1
+        self.loops = element_loops(instructions)
 
 
 def find_cuobjdump() -> str | None:
@@ -133,10 +140,10 @@ def functions(lines: Iterable[str]) -> Iterator[tuple[str, MachineCode]]:
     found: dict[str, MachineCode] = {}
     described = ""
     disassembled: str | None = None
+    instructions: list[Instruction] = []
     for line in lines:
-        if matched := _INSTRUCTION.match(line):
-            assert disassembled is not None, line
-            found[disassembled].count(matched[1], matched[2])
+        if matched := INSTRUCTION.match(line):
+            instructions.append((int(matched[1], 16), matched[2], matched[3]))
         elif matched := _NUMBERS.match(line):
             registers, stack, shared, local = map(int, matched.groups())
             found[described] = MachineCode(registers, stack, local, shared)
@@ -144,8 +151,11 @@ def functions(lines: Iterable[str]) -> Iterator[tuple[str, MachineCode]]:
             described = matched[1]
         elif matched := _FUNCTION.match(line):
             if disassembled is not None:
+                found[disassembled].take(instructions)
                 yield disassembled, found.pop(disassembled)
-            disassembled = matched[1]
+            disassembled, instructions = matched[1], []
+    if disassembled is not None:
+        found[disassembled].take(instructions)
     yield from found.items()
 
 
@@ -197,6 +207,7 @@ def table(found: dict[str, dict[Kernel, MachineCode]]) -> list[Sequence[str]]:
         "shared",
         f"LDG {accesses}",
         f"STG {accesses}",
+        "float64",
         "B",
         "floor",
     )
@@ -206,10 +217,13 @@ def table(found: dict[str, dict[Kernel, MachineCode]]) -> list[Sequence[str]]:
             if kernel not in codes:
                 rows.append((shown(kernel), architecture, "absent", *[""] * (len(header) - 3)))
                 continue
-            code, streams = codes[kernel], traffic(kernel)
+            code, streams = codes[kernel], traffic(kernel, quick_float64(architecture))
             cells: list[str] = [shown(kernel), architecture, str(code.registers), str(code.stack + code.local)]
             cells += [f"{code.spills['LDL']}/{code.spills['STL']}", str(code.shared)]
             cells += ["/".join(str(counts[bits]) for bits in WIDTHS) for counts in (code.loads, code.stores)]
+            cells.append(
+                "/".join(str(float64_operations(loop) + float64_conversions(loop)) for loop in code.loops) or "-"
+            )
             if streams is None:
                 cells += ["-", "-"]
             else:
@@ -236,7 +250,8 @@ def main() -> None:
         sys.exit(f"{error}\n{error.stderr}")
     if any(found.values()):
         print(*aligned(table(found)), sep="\n")
-        print("\nB: bytes per element in 16-byte accesses; floor: what the streams come to (bench/bytes.py).")
+        print("\nfloat64: instructions of each loop over the elements, conversions included (bench/loops.py).")
+        print("B: bytes per element in 16-byte accesses; floor: what the streams come to (bench/bytes.py).")
     if missing := [architecture for architecture, codes in found.items() if not codes]:
         sys.exit(f"{arguments.library} has no kernels for {' '.join(missing)}")
 

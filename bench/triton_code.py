@@ -9,6 +9,7 @@ index.json, a list of what Compiled holds. Triton keeps what it has compiled: a 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -76,6 +77,7 @@ def variants(warp_size: int) -> Iterator[Variant]:
     import torch
 
     from sassha_fused.triton_kernels.launch import registers_for, tile_units
+    from sassha_fused.triton_kernels.norm import streams_of_tile
 
     dtypes = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     yield Variant("norm_kernel", {}, 64)
@@ -84,8 +86,11 @@ def variants(warp_size: int) -> Iterator[Variant]:
         def units(streams: int) -> int:
             return tile_units(dtypes[dtype], streams, warp_size)
 
-        for weighted in (False, True):
-            constants = {"WEIGHTED": weighted, "DTYPE": dtype, "UNITS": units(1 + weighted)}
+        # Of AMD's devices none is slow at float64.
+        ways = (True,) if dtype == "fp64" or warp_size == 64 else (True, False)
+        for weighted, quick in itertools.product((False, True), ways):
+            tile = units(streams_of_tile(dtypes[dtype], 1 + weighted, quick))
+            constants = {"WEIGHTED": weighted, "QUICK_FLOAT64": quick, "DTYPE": dtype, "UNITS": tile}
             yield Variant("squares_kernel", constants, registers_for(dtypes[dtype]))
         for adaptive in (False, True):
             constants = {"ADAPTIVE": adaptive, "DTYPE": dtype, "STATE": state, "UNITS": units(3)}

@@ -65,6 +65,17 @@ def units_on(device: torch.device, dtype: torch.dtype, streams: int) -> int:
     return tile_units(dtype, streams, torch.cuda.get_device_properties(device).warp_size)
 
 
+# Of NVIDIA's architectures those that do float64 at half the rate of float32; all others take it at a 64th.
+_QUICK_FLOAT64 = ((7, 0), (8, 0), (9, 0), (10, 0))
+
+
+def quick_float64(device: torch.device) -> bool:
+    """Whether a device is as quick at float64 as at its memory; AMD's are taken to be, and what is interpreted is."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) in _QUICK_FLOAT64
+
+
 def programs(table: Table, registers: int) -> int:
     """How many programs walk over a table: as many as a device runs at the same time, or one for each of few tiles."""
     device = table.memory.device

@@ -1,6 +1,7 @@
 // The dtypes of parameters as CUDA stores them, and the types their arithmetic uses.
 #pragma once
 
+#include <limits>
 #include <stdexcept>
 
 #include "cuda/launchers.h"
@@ -13,6 +14,14 @@ __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+
+// Binary digits of a number, the first one among them.
+template <class P>
+constexpr int kDigits = std::numeric_limits<P>::digits;
+template <>
+constexpr int kDigits<__nv_bfloat16> = 8;
+template <>
+constexpr int kDigits<__half> = 11;
 
 // Rounds to nearest even.
 template <class P>

@@ -4,16 +4,22 @@
 #include <cmath>
 #include <type_traits>
 
+#include "cuda/compensated.h"
 #include "cuda/numbers.h"
 #include "cuda/reduce.h"
 #include "cuda/vectors.h"
 
 namespace sassha::cuda {
 
-// Calls add(x, y) for this thread's elements: x of the first list, y of a second one, or x again where there is none.
-// Several loads are on their way before the first is used: a single load would not fill the memory's pipes.
-template <class P, class AnyTable, class Add>
-__device__ __forceinline__ void for_each_element(const AnyTable& table, const Add& add) {
+struct Nothing {
+  __device__ void operator()() const {}
+};
+
+// Calls add(x, y) for this thread's elements: x of the first list, y of a second one, or x again where there is none;
+// and finish() behind the 16 of each chunk. Several loads are on their way before the first is used: a single load
+// would not fill the memory's pipes.
+template <class P, class AnyTable, class Add, class Finish = Nothing>
+__device__ __forceinline__ void for_each_element(const AnyTable& table, const Add& add, const Finish& finish = {}) {
   constexpr bool kPairs = AnyTable::kListCount > 1;
   constexpr int kAhead = kVectorsPerChunk<P> < 4 ? kVectorsPerChunk<P> : 4;
   for (Chunks<P, AnyTable> chunks(table); chunks.more(); chunks.next()) {
@@ -35,12 +41,13 @@ __device__ __forceinline__ void for_each_element(const AnyTable& table, const Ad
         for (int i = 0; i < kVector<P>; ++i) add(x[j][i], kPairs ? y[j][i] : x[j][i]);
       }
     }
+    finish();
   }
 }
 
-// The block's share of ||g||^2 or, with weights as a second list, of || |w| . g ||^2, in float64.
+// The block's share of ||g||^2 or, with weights as a second list, of || |w| . g ||^2, summed in float64.
 template <class P, class AnyTable>
-__device__ double share_of_squares(const AnyTable& table) {
+__device__ double share_in_float64(const AnyTable& table) {
   double sum = 0;
   for_each_element<P>(table, [&](P g, P w) {
     const double gradient = widen(g);
@@ -57,12 +64,50 @@ __device__ double share_of_squares(const AnyTable& table) {
   return block_sum(sum);
 }
 
+// The same, as exact, summed in float32. Where a block's share is beyond float32, or so small that squares may have
+// been lost below it, it is summed once more in float64: a norm of less than 2e-10, or one of more than 1e19.
+template <class P, class AnyTable>
+__device__ double share_in_float32(const AnyTable& table) {
+  // 2^30 elements that each lose 2^-147 change it in its 53rd binary digit.
+  constexpr double kSmallest = 1 / 18446744073709551616.0;  // 2^-64
+  constexpr bool kWeighted = AnyTable::kListCount > 1;
+  constexpr int kTermDigits = kDigits<P> * AnyTable::kListCount;
+  CompensatedSum sum;
+  bool zero = true;
+  for_each_element<P>(
+      table,
+      [&](P g, P w) {
+        const float gradient = widen(g);
+        zero = zero && gradient == 0;
+        const float term = kWeighted ? gradient * widen(w) : gradient;
+        if constexpr (kTermDigits > kDigits<float>) {
+          sum.add_square(term, std::fma(gradient, widen(w), -term));
+        } else {
+          sum.template add_square<(2 * kTermDigits <= kDigits<float>)>(term);
+        }
+      },
+      [&] { sum.normalize(); });
+  const double share = block_sum(sum.value());
+  if (share >= kSmallest) return share;  // NaN is not
+  if (share == 0 && block_sum(zero ? 0.0 : 1.0) == 0) return 0;
+  return share_in_float64<P>(table);
+}
+
+template <class P, class AnyTable>
+__device__ double share_of_squares(const AnyTable& table) {
+  if constexpr (kQuickFloat64 || std::is_same_v<P, double>) {
+    return share_in_float64<P>(table);
+  } else {
+    return share_in_float32<P>(table);
+  }
+}
+
 // Not finite if any of the block's share of elements is not; of float64 ones also if their squares are not, as in the
 // norm.
 template <class P, class AnyTable>
 __device__ double share_of_findings(const AnyTable& table) {
   if constexpr (std::is_same_v<P, double>) {
-    return share_of_squares<P>(table);
+    return share_in_float64<P>(table);
   } else {
     float sum = 0;
     for_each_element<P>(table, [&](P g, P) { sum += 0.0f * widen(g); });

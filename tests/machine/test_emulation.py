@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,7 +124,18 @@ def test_sanitizers_find_nothing_in_any_order_of_threads_and_blocks_which_change
         pytest.skip(f"no result changes, but {environment}")
 
 
-# No kernel of today calls block_sum twice, which it is made for.
+def test_the_norm_is_exact_where_float64_is_quick_too(tmp_path: Path) -> None:
+    csrc = shutil.copytree(emulation.ROOT / "csrc", tmp_path / "csrc")
+    platform = csrc / "cuda" / "platform.h"
+    slow = "#else\nconstexpr bool kQuickFloat64 = false;"
+    assert platform.read_text().count(slow) == 1
+    platform.write_text(platform.read_text().replace(slow, slow.replace("false", "true")))
+    library = emulation.build(changed=csrc, only=("cuda/grad_norm.cu",))
+    tests = [test for test in TESTS if "test_norm" in test]
+    done = run_tests(*tests, **{emulation.LIBRARY_VARIABLE: str(library)})
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
 TWO_SUMS = """
 #include <cstdio>
 

@@ -2,14 +2,13 @@
 
 import collections
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from bench import passes
 from bench.budgets import HESSIAN_BYTES, LAZY_BYTES
-from bench.bytes import POWERS, SIZES, VECTOR_BYTES, Kernel, kernels, traffic
+from bench.bytes import POWERS, SIZES, VECTOR_BYTES, Kernel, kernels, quick_float64, traffic
 from bench.sass import ARCHITECTURES, LIBRARY, NO_TOOL, MachineCode, demangled, find_cuobjdump, parsed, read, shown
 
 pytestmark = pytest.mark.slow
@@ -18,6 +17,9 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 VECTOR = 8 * VECTOR_BYTES  # bits
 
 MOST_REGISTERS = 64  # of 65,536 on a multiprocessor: four blocks of 256 threads
+
+# Of a kernel's arithmetic over its bytes, by count, for float32 parameters on every chip of docs/kernels.md.
+MOST_ARITHMETIC = 0.6
 
 # Loads narrower than 64 bits that are not of a stream, by kernel and bits: the learning rate and the guards, of any
 # dtype; the count of evaluations, as much of it as the signs depend on.
@@ -39,10 +41,15 @@ def library() -> dict[str, dict[Kernel, MachineCode]]:
 
 
 @pytest.fixture(params=ARCHITECTURES)
-def codes(request: pytest.FixtureRequest, library: dict[str, dict[Kernel, MachineCode]]) -> dict[Kernel, MachineCode]:
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def codes(architecture: str, library: dict[str, dict[Kernel, MachineCode]]) -> dict[Kernel, MachineCode]:
     """The kernels of one architecture."""
-    found = library[request.param]
-    assert found, f"{LIBRARY.name} has no code for {request.param}: was TORCH_CUDA_ARCH_LIST set when it was built?"
+    found = library[architecture]
+    assert found, f"{LIBRARY.name} has no code for {architecture}: was TORCH_CUDA_ARCH_LIST set when it was built?"
     return found
 
 
@@ -75,10 +82,12 @@ def test_enough_registers_are_left_for_four_blocks(codes: dict[Kernel, MachineCo
     assert {kernel: count for kernel, count in registers.items() if count > MOST_REGISTERS} == {}
 
 
-def test_every_stream_is_read_and_written_16_bytes_at_a_time(codes: dict[Kernel, MachineCode]) -> None:
+def test_every_stream_is_read_and_written_16_bytes_at_a_time(
+    codes: dict[Kernel, MachineCode], architecture: str
+) -> None:
     expected, found = {}, {}
     for kernel, code in codes.items():
-        streams = traffic(kernel)
+        streams = traffic(kernel, quick_float64(architecture))
         expected[shown(kernel)] = (streams.vector_loads, streams.vector_stores) if streams else (0, 0)
         found[shown(kernel)] = (code.loads[VECTOR], code.stores[VECTOR])
         # Wider ones, should a compiler make some, would need another count.
@@ -86,26 +95,26 @@ def test_every_stream_is_read_and_written_16_bytes_at_a_time(codes: dict[Kernel,
     assert found == expected
 
 
-def test_no_byte_is_moved_twice(codes: dict[Kernel, MachineCode]) -> None:
+def test_no_byte_is_moved_twice(codes: dict[Kernel, MachineCode], architecture: str) -> None:
     expected, found = {}, {}
     for kernel, code in codes.items():
-        if streams := traffic(kernel):
+        if streams := traffic(kernel, quick_float64(architecture)):
             expected[shown(kernel)] = streams.bytes_per_element
             found[shown(kernel)] = streams.moved_per_element(code.loads[VECTOR], code.stores[VECTOR])
     assert found == expected
 
 
-def test_tails_are_read_and_written_one_element_at_a_time(codes: dict[Kernel, MachineCode]) -> None:
+def test_tails_are_read_and_written_one_element_at_a_time(codes: dict[Kernel, MachineCode], architecture: str) -> None:
     # As often as the vectors have elements: a narrow access beside the wide ones would be one too many. Not looked at
     # in 64 bits, where there are many others: sums, counts, scalars.
     for kernel, code in codes.items():
-        streams = traffic(kernel)
+        streams = traffic(kernel, quick_float64(architecture))
         if streams is None:
             continue
         for sizes, counts, others in ((streams.reads, code.loads, OTHER_LOADS), (streams.writes, code.stores, {})):
             expected: collections.Counter[int] = collections.Counter()
             for size in sizes:
-                expected[8 * size] += streams.elements
+                expected[8 * size] += streams.elements * streams.loops
             expected[8 * streams.size] += streams.copies * VECTOR_BYTES // streams.size
             for bits in (32, 16, 8):
                 most = expected[bits] + others.get((kernel[0], bits), 0)
@@ -171,7 +180,39 @@ def test_every_dtype_has_a_size() -> None:
     assert {kernel[1] for kernel in kernels() if len(kernel) > 1} == set(SIZES)
 
 
-@pytest.mark.parametrize("table", [passes.table, passes.arithmetic])
-def test_the_predictions_in_the_docs_are_those_that_the_bench_prints(table: Callable[[str], list[str]]) -> None:
-    docs = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
-    assert "\n".join(table("float")) in docs
+DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
+
+
+def test_the_predictions_in_the_docs_are_those_that_the_bench_prints() -> None:
+    assert "\n".join(passes.table("float")) in DOCS.read_text()
+
+
+@pytest.fixture(scope="module")
+def of_chips() -> dict[str, dict[Kernel, MachineCode]]:
+    if not LIBRARY.exists() or find_cuobjdump() is None:
+        pytest.skip(f"{LIBRARY.name} was not built, or there is no cuobjdump")
+    return read(LIBRARY, [passes.architecture_of(chip) for chip in passes.CHIPS])
+
+
+def test_the_arithmetic_in_the_docs_is_that_of_the_machine_code(
+    of_chips: dict[str, dict[Kernel, MachineCode]],
+) -> None:
+    assert "\n".join(passes.arithmetic("float", of_chips)) in DOCS.read_text()
+
+
+@pytest.mark.parametrize("of_step", ["grad_norm", "perturb_", "check", "update_, lazy"])
+@pytest.mark.parametrize("chip", passes.CHIPS)
+def test_arithmetic_leaves_time_to_spare_beside_memory(
+    of_chips: dict[str, dict[Kernel, MachineCode]], chip: str, of_step: str
+) -> None:
+    kernel = passes.lazy_step("float")[of_step]
+    codes = of_chips[passes.architecture_of(chip)]
+    assert sum(passes.over_memory(passes.CHIPS[chip], codes[kernel])) <= MOST_ARITHMETIC
+
+
+def test_arithmetic_is_counted_by_the_rates_of_a_chip() -> None:
+    chip = passes.Chip(1, 1.0, 16.0, float32=4, float64=2, conversions=1, functions=0.5)
+    slow = collections.Counter({"LDG.E.128": 1, "DFMA": 4, "F2F.F64.F32": 4})
+    quick = collections.Counter({"LDG.E.128": 1, "FADD": 6, "FFMA": 2, "MUFU.RCP": 1, "IADD3": 9})
+    assert passes.over_memory(chip, MachineCode(loops=[slow])) == (0, 4 / 2 + 4 / 1)
+    assert passes.over_memory(chip, MachineCode(loops=[slow, quick])) == (8 / 4 + 1 / 0.5, 0)

@@ -33,6 +33,9 @@ FAILED = 1
 PERTURB = f"{FOLDER}/test_perturb.py::test_perturb_moves_every_element_by_the_formula_and_nothing_else"
 UPDATE = f"{FOLDER}/test_update.py::test_update_changes_every_element_by_the_formula_and_nothing_else"
 NORM = f"{FOLDER}/test_norm.py::test_norm_is_exact_to_a_few_ulp_of_float64"
+RANGE = f"{FOLDER}/test_norm_range.py"
+WEIGHTS = f"{RANGE}::test_weights_that_are_not_finite_show_where_gradients_are_0[inf-cuda_emulated in float32]"
+EQUAL = f"{RANGE}::test_norm_of_many_equal_numbers_is_exact"
 SKIPPED = f"{FOLDER}/test_guards.py"
 GUARDS = f"{SKIPPED}::test_any_one_of_several_guards_skips_the_step[cuda_emulated]"
 SKIP = f"{SKIPPED}::test_a_skipped_step_brings_back_every_size_and_layout[every size-float32-cuda_emulated]"
@@ -62,6 +65,13 @@ ESTIMATE_BEYOND = f"{LONG}::test_the_estimate_reaches_elements_beyond_32_bits"
 ONE_BLOCK = f"{TABLES}::test_one_block_does_the_work_of_all"
 AROUND = f"{TABLES}::test_numbers_around_the_tensors_stay_as_they_are[float32]"
 OFFSETS = f"{TABLES}::test_offsets_off_the_boundaries_of_units_are_refused[0-1-perturb_]"
+
+
+def in_range(exponents: str, adaptive: str = "") -> str:
+    """The test of float32 norms of numbers with exponents of this range."""
+    case = f"cuda_emulated in float32-{exponents}-{adaptive}-float32"
+    return f"{RANGE}::test_norm_is_exact_over_the_range_of_every_dtype[{case}]"
+
 
 NORM_FILE, PERTURB_FILE, UPDATE_FILE = ("cuda/grad_norm.cu",), ("cuda/perturb.cu",), ("cuda/update.cu",)
 GLUE = ("cuda/torch.cpp",)
@@ -144,7 +154,33 @@ FAULTS = {
         (f"{ESTIMATE_BEYOND}[2^32+300-0]",),
         ESTIMATE_FILE,
     ),
-    # grad_norm.cu, sums.h, perturb.cu
+    # compensated.h, sums.h
+    "what squares have lost is lost": Fault(
+        "compensated.h", "if (!kExact) add_middle(std::fma(x, x, -square));", "", (in_range("ordinary"),), NORM_FILE
+    ),
+    "what a sum has lost is lost": Fault(
+        "compensated.h", "    add_middle(lost);\n", "", (in_range("ordinary"),), NORM_FILE
+    ),
+    "what the second float has lost is lost": Fault(
+        "compensated.h", "    low_ += lost;\n", "", (in_range("the same"),), NORM_FILE
+    ),
+    "what products have lost is lost": Fault(
+        "sums.h", "std::fma(gradient, widen(w), -term)", "0.0f", (in_range("ordinary", "adaptive"),), NORM_FILE
+    ),
+    "sums are not normalized": Fault("sums.h", "sum.normalize();", "", (EQUAL,), NORM_FILE),
+    "a sum too small for float32 is kept": Fault(
+        "sums.h", "if (share >= kSmallest)", "if (share >= 0)", (in_range("small"),), NORM_FILE
+    ),
+    "a sum beyond float32 is kept": Fault(
+        "sums.h", "if (share >= kSmallest)", "if (!(share < kSmallest))", (in_range("largest"),), NORM_FILE
+    ),
+    "a sum that vanishes is kept": Fault(
+        "sums.h", "share == 0 && block_sum(zero ? 0.0 : 1.0) == 0", "share == 0", (in_range("subnormal"),), NORM_FILE
+    ),
+    "a norm without gradients is 0 whatever the weights": Fault(
+        "sums.h", "share == 0 && block_sum", "block_sum", (WEIGHTS,), NORM_FILE
+    ),
+    # grad_norm.cu, perturb.cu
     "the sums of earlier tables are lost": Fault(
         "grad_norm.cu", "partial.count += blocks;", "partial.count = blocks;", (f"{FULL_TABLE}[2501]",), NORM_FILE
     ),

@@ -20,6 +20,7 @@ from tests.support.calls import call_everything, norm_of, run_perturb  # noqa: E
 from tests.support.cases import DTYPES, GUARD, Case, Spec, each_dtype, make_case  # noqa: E402
 from tests.support.checks import check_skip, exact_norm  # noqa: E402
 from tests.support.floors import FLOORS, LONG, bytes_per_element, elements_of, longest, wide_sectors  # noqa: E402
+from tests.support.ways import summed  # noqa: E402
 
 NAME = "triton_ptx"
 # On so many there are more programs than are summed up at a time.
@@ -143,6 +144,10 @@ def test_only_aligned_tensors_and_only_their_whole_tiles_go_16_bytes_at_a_time(r
 def test_every_variant_that_is_compiled_is_run(runs: list[arena.Run]) -> None:
     for dtype in DTYPES:
         call_everything(NAME, dtype)
+        with summed(NAME, quick=False):
+            case = make_case(dtype, [Spec((5,), shift=1), Spec((130,))])
+            for adaptive in (False, True):
+                norm_of(NAME, case.grads, case.params, adaptive)
     listed = {variant.name for variant in variants(triton_ptx.WARP_SIZE)}
     assert {run.name for run in runs} == listed == set(triton_ptx.compiled())
 

@@ -66,9 +66,9 @@ def build(csrc: Path = emulation.ROOT / "csrc", architecture: str = ARCHITECTURE
 
 
 @functools.cache
-def kernels() -> dict[str, ptxrun.Kernel]:
+def kernels(architecture: str = ARCHITECTURE) -> dict[str, ptxrun.Kernel]:
     """Every kernel of csrc/cuda by its mangled name."""
-    modules = [ptxrun.load(path.read_text()) for path in build()]
+    modules = [ptxrun.load(path.read_text()) for path in build(architecture=architecture)]
     return {name: module[name] for module in modules for name in module.kernels()}
 
 
@@ -84,6 +84,7 @@ class Backend:
     tensor, a misaligned access or a barrier that not all threads reach raises ptxrun.PtxError.
     """
 
+    architecture: str = ARCHITECTURE
     # Of those who want to know; what was counted of a launch takes much memory.
     runs: list[arena.Run] | None = None
 
@@ -103,7 +104,7 @@ class Backend:
             return None if result is None else result.clone()
 
     def _launch(self, memory: arena.Memory, launch: emulation.Launch) -> None:
-        kernel = kernels()[launch.name]
+        kernel = kernels(self.architecture)[launch.name]
         stats = kernel.launch(launch.blocks, launch.threads, [launch.arguments], memory, **arena.CHECKS)
         if self.runs is not None:
             self.runs.append(arena.Run(launch.name, launch.blocks, launch.threads, stats))
