@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import check_layouts, has_memory
 from .checks import check_like, check_list
 from .launch import DTYPES, launch, launch_over, programs, registers_for, units_on
-from .lists import dense, has_memory, laid_out_like
+from .lists import dense, laid_out_like
 from .table import Contents, lengths_of, stream_of, table_on
 from .tiles import UNIT, entry_of, in_vectors, load, place_of, stream, total
 
@@ -80,7 +81,7 @@ def sum_squares(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     return partial
 
 
-def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor], adaptive: bool) -> Tensor:
+def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor], layouts: Tensor | None, adaptive: bool) -> Tensor:
     r""":math:`\|g\|_2`, or :math:`\| |w| \cdot g \|_2` if adaptive, as a 0-d float64 tensor (csrc/schema.cpp).
 
     Raises:
@@ -88,6 +89,8 @@ def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor], adaptive: bool)
     """
     if not grads:
         raise ValueError("grads is empty")
+    if layouts is not None:
+        check_layouts(params, layouts)
     if params or adaptive:
         check_like(params, "grads", grads)
         check_list("params", params)
