@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sassha_fused import eager
 from sassha_fused.checks import BIAS_CORRECTIONS
 from sassha_fused.ops import NAMES
+from sassha_fused.settings import Settings
 from tests.support.backends import BACKENDS, marks_of, operators_of
 from tests.support.calls import arguments_of
 from tests.support.cases import (
@@ -114,12 +115,12 @@ def test_a_compiled_function_writes_the_same_bits(name: str, compiler: str) -> N
 # Bad arguments
 
 
-def shorter(values: Sequence[Any]) -> Sequence[Any]:
+def shorter(values: Any) -> Any:
     return values[:-1]
 
 
-def longer(values: Sequence[Any]) -> Sequence[Any]:
-    return [*values, values[-1]]
+def longer(values: Any) -> Any:
+    return torch.cat([values, values[-1:]]) if isinstance(values, Tensor) else [*values, values[-1]]
 
 
 def misshapen(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -152,6 +153,10 @@ def truncated(flat: Tensor) -> Tensor:
     return flat[: -3 * PART_ALIGNMENT]
 
 
+def truncated_rows(per_row: Tensor) -> Tensor:
+    return per_row[:-1]
+
+
 def beyond(rows: Sequence[int]) -> Sequence[int]:
     return [*rows[:-1], len(rows) + 3]
 
@@ -172,17 +177,32 @@ def negative(indices: Sequence[int]) -> Sequence[int]:
     return [*indices[:-1], -1]
 
 
-def too_large(index: int) -> int:
-    return len(BIAS_CORRECTIONS)
+def with_unknown_correction(settings: Sequence[float]) -> Sequence[float]:
+    return list(Settings(*settings)._replace(bias_correction=len(BIAS_CORRECTIONS)))
 
 
-def below_zero(index: int) -> int:
-    return -1
+def with_negative_correction(settings: Sequence[float]) -> Sequence[float]:
+    return list(Settings(*settings)._replace(bias_correction=-1))
+
+
+def narrower(table: Tensor) -> Tensor:
+    return table[:, :-1].contiguous()
+
+
+def of_other_strides(layouts: Tensor) -> Tensor:
+    return layouts.index_put((torch.tensor(1), torch.tensor(3)), torch.tensor(7))
+
+
+def of_another_shape(layouts: Tensor) -> Tensor:
+    return layouts.index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(7))
 
 
 LENGTHS = (shorter, longer)
 TENSORS = (*LENGTHS, misshapen, transposed, mixed, reinterpreted, doubled)
 FLATS = (truncated, reinterpreted, doubled, with_gaps)
+PER_ROW = (reinterpreted, in_one_row, narrower, with_gaps)
+SETTINGS = (*LENGTHS, with_unknown_correction, with_negative_correction)
+LAYOUTS = (*LENGTHS, of_other_strides, of_another_shape)
 BAD_ARGUMENTS = [
     (name, argument, change)
     for name, argument, changes in [
@@ -190,7 +210,11 @@ BAD_ARGUMENTS = [
         ("perturb_", "grads", TENSORS),
         ("perturb_", "backup", FLATS),
         ("perturb_", "offsets", LENGTHS),
+        ("perturb_", "rows", (*LENGTHS, beyond)),
+        ("perturb_", "layouts", LAYOUTS),
         ("perturb_", "norm", (reinterpreted, emptied)),
+        ("perturb_", "per_row", PER_ROW),
+        ("perturb_", "settings", SETTINGS),
         ("rademacher_", "indices", (*LENGTHS, negative)),
         ("rademacher_", "evaluation", (reinterpreted, emptied)),
         ("hutchinson_", "estimate", FLATS),
@@ -207,7 +231,9 @@ BAD_ARGUMENTS = [
         ("update_", "guards", (reinterpreted, emptied)),
         ("update_", "offsets", LENGTHS),
         ("update_", "rows", (*LENGTHS, beyond)),
-        ("update_", "bias_correction", (too_large, below_zero)),
+        ("update_", "layouts", LAYOUTS),
+        ("update_", "per_row", (truncated_rows, *PER_ROW)),
+        ("update_", "settings", SETTINGS),
     ]
     for change in changes
 ]
