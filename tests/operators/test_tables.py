@@ -86,7 +86,7 @@ def assert_as_on_the_cpu(case: Case) -> None:
         # Of small integers the sums of squares are exact, in whatever order they are taken.
         integers = [(torch.arange(g.numel()) % 7 - 3).to(g.dtype).view(g.shape) for g in case.grads]
         for adaptive in (False, True):
-            done[f"norm {adaptive}"] = operators_of(name).grad_norm(integers, integers, adaptive)
+            done[f"norm {adaptive}"] = operators_of(name).grad_norm(integers, integers, None, adaptive)
             measured = case.to("cpu")
             measured.params, measured.grads = ([g.clone() for g in integers] for _ in range(2))
             done[f"own norm {adaptive}"] = run_measured_perturb(name, measured, adaptive)
@@ -182,7 +182,7 @@ def test_empty_lists_are_a_step_of_no_tensors() -> None:
         run_rademacher(name, case, 5, 6, 7)
         results.append(done)
         with pytest.raises(RuntimeError):
-            operators_of(name).grad_norm([], [], False)
+            operators_of(name).grad_norm([], [], None, False)
     for found, expected in zip(*results, strict=True):
         assert_same_case(found, expected)
     assert [int(case.skipped) for case in results[0]] == [7, 7, 0, 1]
@@ -227,14 +227,14 @@ def test_nothing_is_written_where_an_offset_of_a_later_table_is_refused(operator
 
 def test_a_tensor_that_no_count_of_units_can_hold_is_refused() -> None:
     with emulation.intercepted() as launches, pytest.raises(RuntimeError, match=r"2\^38 elements or more"):
-        operators_of(BACKEND).grad_norm([sparse(2**38, torch.bfloat16)], [], False)
+        operators_of(BACKEND).grad_norm([sparse(2**38, torch.bfloat16)], [], None, False)
     assert not launches
 
 
 def test_tensors_too_long_for_one_table_together_go_into_several() -> None:
     long = sparse(2**37, torch.bfloat16)
     with emulation.intercepted() as launches:
-        operators_of(BACKEND).grad_norm([long] * 3, [], False)
+        operators_of(BACKEND).grad_norm([long] * 3, [], None, False)
     assert len(launches) == 4  # one for each, and the end of the norm
 
 
