@@ -1,8 +1,8 @@
 """The arithmetic of one element of Sassha (Shin et al., ICML 2025, arXiv 2502.18153): that of csrc/math, step by step.
 
 STATE is the dtype that is computed in: float64 for float64 parameters, float32 for float32, bfloat16 and float16 ones.
-Scalars are worked out in float64 and rounded to STATE once. Compiled without contraction, so each operation below is
-one IEEE rounding.
+Scalars are worked out in float64, once for a launch or a parameter. Compiled without contraction, so each operation
+below is one IEEE rounding, and so is each explicit fused multiply-add.
 """
 
 import triton
@@ -77,18 +77,50 @@ def divided(x, y, STATE: tl.constexpr):
 
 
 @triton.jit
-def average(mean, beta, x, weight, STATE: tl.constexpr):
-    """beta mean + weight x, through float64: in float32 the roundings would add up to more than 4 ulp."""
-    return (beta * mean.to(tl.float64) + weight * x.to(tl.float64)).to(STATE)
+def parts_of(x, STATE: tl.constexpr):
+    """A float64 number as the sum of two of STATE: a float32 alone would be off by up to half a ulp, the same way in
+    every step. Of float64 the first is the number.
+    """
+    high = x.to(STATE)
+    return high, (x - high.to(tl.float64)).to(STATE)
 
 
 @triton.jit
-def updated(w, exp_avg, denominator, decay, step_size, STATE: tl.constexpr):
-    r""":math:`w (1 - \eta\lambda) - (\eta / c_1) m / ((D / c_2)^\alpha + \epsilon)`; decay and step_size are
-    :math:`1 - \eta\lambda` and :math:`\eta / c_1`.
+def average(mean, beta, x, weight, STATE: tl.constexpr):
+    """beta mean + weight x, the factors in parts. Of float64 in three roundings, as plain torch has it; of float32 the
+    low parts come first, which are below a ulp, then the smaller term and the larger.
     """
-    direction = divided(exp_avg, denominator, STATE)
-    return (w.to(tl.float64) * decay - step_size * direction.to(tl.float64)).to(STATE)
+    beta_high, beta_low = beta
+    weight_high, weight_low = weight
+    if STATE == tl.float64:
+        return beta_high * mean + weight_high * x
+    else:
+        rest = tl.fma(mean, beta_low, weight_low * x)
+        return tl.fma(mean, beta_high, tl.fma(x, weight_high, rest))
+
+
+@triton.jit
+def corrected(exp_hessian, correction, STATE: tl.constexpr):
+    """:math:`D / c_2`; correction: :math:`1 / c_2` in parts."""
+    high, low = correction
+    if STATE == tl.float64:
+        return exp_hessian * high
+    else:
+        return tl.fma(exp_hessian, high, low * exp_hessian)
+
+
+@triton.jit
+def moved(w, direction, decay, step_size, STATE: tl.constexpr):
+    r""":math:`w (1 - \eta\lambda) - (\eta / c_1)` direction; decay and step_size are :math:`\eta\lambda` and
+    :math:`\eta / c_1`, in parts. In float32 as w - (decay w + step_size direction).
+    """
+    decay_high, decay_low = decay
+    step_high, step_low = step_size
+    if STATE == tl.float64:
+        return w * (1.0 - decay_high) - step_high * direction
+    else:
+        rest = tl.fma(w, decay_low, step_low * direction)
+        return w - tl.fma(w, decay_high, tl.fma(direction, step_high, rest))
 
 
 @triton.jit

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import DTYPES, check_gradients
+from ..checks import BIAS_CORRECTIONS, DTYPES, check_gradients
+from ..layout import check_layouts, state_dtype
+from ..settings import RowSettings, Settings
 from .table import UNIT
 
 
@@ -80,3 +82,69 @@ def check_numbers(name: str, tensors: Sequence[Tensor], numbers: Sequence[int], 
     for number in numbers:
         if not 0 <= number < end:
             raise ValueError(f"{name} must be at least 0 and below {end}, got {number}")
+
+
+def check_rows(tensors: Sequence[Tensor], rows: Sequence[int], per_row: Tensor, device: torch.device) -> None:
+    """Each tensor has a row of per_row, whose rows hold what RowSettings names."""
+    check_tensor("per_row", per_row, torch.float64, device)
+    if per_row.dim() != 2 or per_row.shape[1] != len(RowSettings._fields):
+        raise ValueError(f"per_row must have rows of {len(RowSettings._fields)} numbers, got {tuple(per_row.shape)}")
+    check_numbers("rows", tensors, rows, len(per_row))
+
+
+def settings_of(numbers: Sequence[float]) -> Settings:
+    """The settings by their names."""
+    if len(numbers) != len(Settings._fields):
+        raise ValueError(f"settings must be {len(Settings._fields)} numbers, got {len(numbers)}")
+    settings = Settings(*numbers)
+    if settings.bias_correction not in range(len(BIAS_CORRECTIONS)):
+        raise ValueError(
+            f"bias_correction must be the index of one of {BIAS_CORRECTIONS}, got {settings.bias_correction}"
+        )
+    return settings
+
+
+def check_update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    products: Sequence[Tensor],
+    backup: Tensor | None,
+    exp_avg: Tensor,
+    exp_hessian: Tensor,
+    steps: Tensor,
+    skipped: Tensor,
+    offsets: Sequence[int],
+    rows: Sequence[int],
+    layouts: Tensor,
+    guards: Sequence[Tensor],
+    per_row: Tensor,
+) -> None:
+    """ValueError where the arguments of update_ do not fit each other."""
+    device = steps.device
+    check_parts(params, offsets, exp_avg)
+    check_like(params, "grads", grads)
+    check_layouts(params, layouts, exp_avg)
+    dtype, state = None, exp_avg.dtype
+    if params:
+        check_list("params", params)
+        dtype, state = params[0].dtype, state_dtype(params[0])
+    if products:
+        check_like(params, "products", products, state)
+    flats = (("backup", backup, dtype), ("exp_avg", exp_avg, state), ("exp_hessian", exp_hessian, state))
+    for name, flat, kind in flats:
+        if flat is None:
+            continue
+        check_tensor(name, flat, kind, device)
+        if flat.numel() != exp_avg.numel():
+            raise ValueError(f"{name} must have {exp_avg.numel()} elements, as exp_avg, got {flat.numel()}")
+    check_tensor("steps", steps, torch.int64, device)
+    if steps.dim() != 2 or steps.shape[1] != 2:
+        raise ValueError(f"steps must have the rows (step, hessian_step), got shape {tuple(steps.shape)}")
+    check_rows(params, rows, per_row, device)
+    if len(per_row) != len(steps):
+        raise ValueError(f"per_row must have {len(steps)} rows, as steps, got {len(per_row)}")
+    if len(set(rows)) < len(rows):
+        raise ValueError(f"rows must be distinct, got {list(rows)}")
+    check_scalar("skipped", skipped, torch.int64, device)
+    for guard in guards:
+        check_scalar("a guard", guard, None, device)

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import state_dtype
+from ..layout import has_memory, state_dtype
 from .arithmetic import divided, double
 from .checks import check_list, check_numbers, check_parts, check_scalar, check_tensor
 from .launch import DTYPES, launch_over, registers_for, units_on
-from .lists import dense, has_memory
+from .lists import dense
 from .signs import END_OF_INDICES, key_of, signs_of, word_of
 from .table import Contents, lengths_of, parts_of, stream_of, table_on
 from .tiles import NUMBER, UNIT, entry_of, field, in_vectors, load, place_of, store, stream, units_of

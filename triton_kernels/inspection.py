@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import double
 from .counts import prepare
 from .tiles import UNIT, entry_of, in_vectors, load, place_of, stream
 
@@ -47,26 +46,22 @@ def _inspect_stream(
 
 @triton.jit(
     do_not_specialize=[
-        *("table", "count", "tiles", "given", "rates", "guards", "partial", "steps", "rows", "scalars"),
-        *("lr", "beta1", "beta2", "weight_decay", "bias_correction"),
+        *("table", "count", "tiles", "guards", "guard_count", "partial", "steps", "rows", "per_row", "scalars"),
+        "settings",
     ]
 )
 def inspect_kernel(
     table: tl.pointer_type(tl.int64),
     count: tl.int64,
     tiles: tl.int64,
-    given: tl.pointer_type(tl.int64),
-    rates: tl.int64,
-    guards: tl.int64,
+    guards: tl.pointer_type(tl.int64),
+    guard_count: tl.int64,
     partial: tl.pointer_type(tl.float64),
     steps: tl.pointer_type(tl.int64),
     rows: tl.int64,
-    scalars: tl.pointer_type(tl.float64),
-    lr: tl.float64,
-    beta1: tl.float64,
-    beta2: tl.float64,
-    weight_decay: tl.float64,
-    bias_correction: tl.int64,
+    per_row: tl.pointer_type(tl.float64),
+    scalars: tl.int64,
+    settings: tl.pointer_type(tl.float64),
     HESSIAN: tl.constexpr,
     PRODUCT: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -75,17 +70,13 @@ def inspect_kernel(
 ):
     r"""partial[program] <- a number that is not finite if any element of the program's share, or any guard, is not.
 
-    And scalars, float64 ``[3, rows]`` <- :math:`1 - \eta\lambda, \eta / c_1, 1 / c_2` for each row of the counts,
-    steps, int64 ``[rows, 2]``.
+    And what is at scalars, of STATE ``[rows, 6]`` <- :math:`\eta\lambda, \eta / c_1, 1 / c_2`, in two parts each, for
+    each row of steps, int64 ``[rows, 2]``, and per_row, float64 ``[rows, 3]``.
 
-    Streams: the gradients, of DTYPE, and if HESSIAN the products, of PRODUCT, of any length. given: the addresses and
-    dtypes of one-element tensors, first the learning rate where it is one (rates is 1), then the guards. Reads 4 bytes
-    per float32 element (8 if HESSIAN).
+    Streams: the gradients, of DTYPE, and if HESSIAN the products, of PRODUCT, of any length. guards: the addresses and
+    dtypes of one-element tensors. Reads 4 bytes per float32 element (8 if HESSIAN).
     """
-    rate = double(lr)
-    if rates > 0:
-        rate = _value_of(tl.load(given), tl.load(given + 1))
-    prepare(steps, rows, scalars, rate, double(beta1), double(beta2), double(weight_decay), bias_correction, HESSIAN)
+    prepare(steps, rows, per_row, scalars.to(tl.pointer_type(STATE)), settings, HESSIAN, STATE)
     sums = tl.zeros((UNITS * UNIT,), STATE)
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         entry = entry_of(table, count, tile)
@@ -95,6 +86,6 @@ def inspect_kernel(
             sums = _inspect_stream(sums, table, count, entry, before, begin, end, 1, PRODUCT, STATE)
     finding = tl.sum(sums, axis=0).to(tl.float64)
     if tl.program_id(0) == 0:
-        for guard in range(rates, rates + guards):
-            finding += 0.0 * _value_of(tl.load(given + 2 * guard), tl.load(given + 2 * guard + 1))
+        for guard in range(guard_count):
+            finding += 0.0 * _value_of(tl.load(guards + 2 * guard), tl.load(guards + 2 * guard + 1))
     tl.store(partial + tl.program_id(0), finding)

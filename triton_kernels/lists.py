@@ -6,14 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..layout import is_dense
-
-
-def has_memory(tensor: Tensor) -> bool:
-    """Whether there are elements to work on: fake and meta tensors have a shape alone."""
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def dense(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import check_layouts, has_memory
 from .checks import check_like, check_list
 from .compensated import SQUARES, add_square, add_square_of_product, normalized, value
 from .launch import DTYPES, launch, launch_over, programs, quick_float64, registers_for, units_on
-from .lists import dense, has_memory, laid_out_like
+from .lists import dense, laid_out_like
 from .table import Contents, lengths_of, stream_of, table_on
 from .tiles import UNIT, entry_of, in_vectors, load, place_of, stream, total
 
@@ -135,7 +136,7 @@ def sum_squares(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     return partial
 
 
-def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor], adaptive: bool) -> Tensor:
+def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor], layouts: Tensor | None, adaptive: bool) -> Tensor:
     r""":math:`\|g\|_2`, or :math:`\| |w| \cdot g \|_2` if adaptive, as a 0-d float64 tensor (csrc/schema.cpp).
 
     Raises:
@@ -143,6 +144,8 @@ def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor], adaptive: bool)
     """
     if not grads:
         raise ValueError("grads is empty")
+    if layouts is not None:
+        check_layouts(params, layouts)
     if params or adaptive:
         check_like(params, "grads", grads)
         check_list("params", params)

@@ -7,14 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import state_dtype
+from ..layout import check_layouts, has_memory, state_dtype
 from .arithmetic import double, narrow, perturbed
-from .checks import check_like, check_list, check_parts, check_scalar, check_tensor
+from .checks import check_like, check_list, check_parts, check_rows, check_scalar, check_tensor, settings_of
 from .launch import DTYPES, launch_over, registers_for, units_on
-from .lists import dense, has_memory, laid_out_like, write_back
+from .lists import dense, laid_out_like, write_back
 from .norm import sum_squares
-from .table import Contents, lengths_of, parts_of, stream_of, table_on
-from .tiles import entry_of, in_vectors, indices, load, place_of, store, stream, total
+from .settings import MAXIMIZE, RHO, row_setting, setting
+from .table import Contents, lengths_of, numbers_on, parts_of, stream_of, table_on
+from .tiles import NUMBER, entry_of, field, in_vectors, indices, load, place_of, store, stream, total
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def _perturb_tile(
         store(w_at, begin, end, index, narrow(moved, DTYPE), DTYPE, VECTOR)
 
 
-@triton.jit(do_not_specialize=["table", "count", "tiles", "partial", "partials", "norm", "rho"])
+@triton.jit(do_not_specialize=["table", "count", "tiles", "partial", "partials", "norm", "per_row", "settings"])
 def perturb_kernel(
     table: tl.pointer_type(tl.int64),
     count: tl.int64,
@@ -49,7 +50,8 @@ def perturb_kernel(
     partial: tl.pointer_type(tl.float64),
     partials: tl.int64,
     norm: tl.pointer_type(tl.float64),
-    rho: tl.float64,
+    per_row: tl.pointer_type(tl.float64),
+    settings: tl.pointer_type(tl.float64),
     ADAPTIVE: tl.constexpr,
     DTYPE: tl.constexpr,
     STATE: tl.constexpr,
@@ -58,8 +60,8 @@ def perturb_kernel(
     r"""backup <- w; :math:`w \leftarrow w + \rho g / (N + 10^{-12})`, times :math:`w^2` if ADAPTIVE.
 
     Streams: w, g and backup, of DTYPE and any length. N is in norm; or, where there are partial sums of squares, it is
-    worked out of them and put there. Where it is not finite, w stays as it is. rho is negative where the objective is
-    maximised.
+    worked out of them and put there. Where it is not finite, w stays as it is. rho: that of the tensor's row of
+    per_row, float64 ``[rows, 3]``; negated where the objective is maximised.
     Moves 16 bytes per float32 element.
     """
     VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth
@@ -71,13 +73,15 @@ def perturb_kernel(
     else:
         size = tl.load(norm)
     finite = size - size == 0.0
-    scale = (double(rho) / (size + double(1e-12))).to(STATE)
+    inverse = 1.0 / (size + double(1e-12))
+    inverse = tl.where(setting(settings, MAXIMIZE) != 0.0, -inverse, inverse)
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         entry = entry_of(table, count, tile)
         before, begin, end = place_of(table, count, entry, tile, UNITS)
         w_at = stream(table, count, entry, before, 0, DTYPE)
         g_at = stream(table, count, entry, before, 1, DTYPE)
         backup_at = stream(table, count, entry, before, 2, DTYPE)
+        scale = (row_setting(per_row, field(table, count, entry, NUMBER), RHO) * inverse).to(STATE)
         if in_vectors(w_at | g_at | backup_at, begin, end, VECTOR):
             _perturb_tile(w_at, g_at, backup_at, begin, end, scale, finite, ADAPTIVE, DTYPE, STATE, UNITS, VECTOR)
         else:
@@ -89,19 +93,23 @@ def perturb_(
     grads: Sequence[Tensor],
     backup: Tensor,
     offsets: Sequence[int],
+    rows: Sequence[int],
+    layouts: Tensor,
     norm: Tensor,
     measure: bool,
-    rho: float,
-    adaptive: bool,
-    maximize: bool,
+    per_row: Tensor,
+    settings: Sequence[float],
 ) -> None:
     r"""backup <- w; :math:`w \leftarrow w + \epsilon^*` (csrc/schema.cpp).
 
     Raises:
         ValueError: arguments do not fit each other, before anything is written.
     """
+    shared = settings_of(settings)
     check_parts(params, offsets, backup)
     check_like(params, "grads", grads)
+    check_rows(params, rows, per_row, backup.device)
+    check_layouts(params, layouts, backup)
     if not params:
         return
     check_list("params", params)
@@ -110,19 +118,20 @@ def perturb_(
     check_scalar("norm", norm, torch.float64, first.device)
     if not has_memory(first):
         return
+    adaptive = shared.adaptive != 0
     weights = dense(params)
     gradients = laid_out_like(weights, grads)
     partial = sum_squares(gradients, weights if adaptive else []) if measure else norm.reshape(1)
     streams = (stream_of(weights), stream_of(gradients), parts_of(backup, tuple(offsets)))
+    units = units_on(first.device, first.dtype, len(streams))
     launch_over(
-        table_on(
-            first.device, Contents(lengths_of(weights), units_on(first.device, first.dtype, len(streams)), streams)
-        ),
+        table_on(first.device, Contents(lengths_of(weights), units, streams, rows=tuple(rows))),
         perturb_kernel,
         partial,
         len(partial) if measure else 0,
         norm,
-        -rho if maximize else rho,
+        per_row,
+        numbers_on(first.device, shared, torch.float64),
         registers=registers_for(first.dtype),
         ADAPTIVE=adaptive,
         DTYPE=DTYPES[first.dtype],

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import has_memory
 from .checks import check_list, check_numbers, check_scalar
 from .launch import DTYPES, launch_over, registers_for, units_on
-from .lists import dense, has_memory, write_back
+from .lists import dense, write_back
 from .signs import END_OF_INDICES, key_of, signs_of, word_of
 from .table import Contents, lengths_of, stream_of, table_on
 from .tiles import NUMBER, UNIT, entry_of, field, in_vectors, place_of, store, stream, units_of

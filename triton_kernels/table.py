@@ -44,7 +44,7 @@ class Contents(NamedTuple):
         lengths: the number of elements of each tensor.
         units: the size of a tile, in units.
         streams: the arrays that the kernel reads or writes.
-        rows: which row of the counts belongs to each tensor, for kernels that need them.
+        rows: which row of the counts and of per_row belongs to each tensor, for kernels that need them.
         indices: the index of each tensor's first element among all of the optimizer, for kernels that draw signs: units
             are Philox blocks then, and a tensor need not begin at the first element of one.
     """
@@ -122,9 +122,9 @@ def table_on(device: torch.device, contents: Contents) -> Table:
     return _kept_on(device, contents, lambda: _table(device, contents))
 
 
-def numbers_on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
+def numbers_on(device: torch.device, numbers: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """Numbers on the device: those of an earlier launch where there were the same ones on the same stream."""
-    return _kept_on(device, numbers, lambda: Table(_copied(device, numbers), 0, 0, 0)).memory
+    return _kept_on(device, (dtype, numbers), lambda: Table(_copied(device, numbers, dtype), 0, 0, 0)).memory
 
 
 def _kept_on(device: torch.device, key: Hashable, make: Callable[[], Table]) -> Table:
@@ -139,11 +139,11 @@ def _kept_on(device: torch.device, key: Hashable, make: Callable[[], Table]) -> 
         return _kept.get((device, stream, key), make)
 
 
-def _copied(device: torch.device, numbers: Sequence[int]) -> Tensor:
+def _copied(device: torch.device, numbers: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
     if device.type != "cuda":
-        return torch.tensor(numbers, dtype=torch.int64, device=device)
+        return torch.tensor(numbers, dtype=dtype, device=device)
     # Pinned: nobody waits for the copy. The allocator gives the memory to nobody else before it is done.
-    pinned = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=True)
+    pinned = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=True)
     copied = pinned.to(device, non_blocking=True)
     if torch.cuda.is_current_stream_capturing():
         _captured.extend((pinned, copied))

@@ -21,7 +21,7 @@ from examples.mnist.model import resnet
 from sassha_fused import Sassha, available_backends, ops, triton_kernels
 from sassha_fused.triton_kernels import table
 from tests.support.backends import BACKENDS, marks_of, operators_of
-from tests.support.calls import HYPER, run, run_rademacher, run_update
+from tests.support.calls import HYPER, arguments_of, run_rademacher, run_update
 from tests.support.cases import Spec, assert_same_bits, assert_same_case, each_dtype, make_case
 from tests.support.checks import check_perturb, check_update
 from tests.support.emulation import ROOT
@@ -231,6 +231,18 @@ def test_the_tables_of_a_captured_graph_are_its_own(
     assert len(built) == 3 and len({id(t) for t in (kept, *captured)}) == 3
 
 
+def test_numbers_are_kept_by_their_contents_and_dtype(
+    built: list[table.Contents], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "_copied", lambda _, numbers, dtype: torch.tensor(numbers, dtype=dtype))
+    # Python takes 1 and 1.0 for the same key.
+    found = [table.numbers_on(CUDA, (1, 0), torch.int64) for _ in range(2)]
+    found += [table.numbers_on(CUDA, (1.0, 0.0), torch.float64) for _ in range(2)]
+    assert [t.dtype for t in found] == [torch.int64, torch.int64, torch.float64, torch.float64]
+    assert found[0] is found[1] and found[2] is found[3]
+    assert table.numbers_on(CUDA, (1.0, 0.5), torch.float64).tolist() == [1.0, 0.5]
+
+
 def test_what_a_captured_graph_copies_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = torch.tensor([1, 2])
     monkeypatch.setattr(torch, "tensor", lambda *_, **options: pinned if options["pin_memory"] else pytest.fail())
@@ -246,12 +258,13 @@ def test_what_a_captured_graph_copies_stays(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("default", ["meta", "cpu"])
 def test_the_default_device_does_not_matter(default: str) -> None:
     case = make_case(torch.float32, [Spec((5,)), Spec((300,), shift=1)])
-    with torch.device(default):
-        on = case.to("cpu")
-        run("triton", "perturb_", on, norm=on.exp_avg.new_ones((), dtype=torch.float64), measure=True)
-    expected = case.to("cpu")
-    run("cpu", "perturb_", expected, norm=torch.ones((), dtype=torch.float64), measure=True)
-    assert_same_case(on, expected)
+    results = []
+    for backend, device in (("triton", default), ("cpu", "cpu")):
+        results.append(case.to("cpu"))
+        arguments = arguments_of("perturb_", results[-1], measure=True)
+        with torch.device(device):
+            operators_of(backend).perturb_(**arguments)
+    assert_same_case(*results)
 
 
 class Weight(nn.Parameter):
@@ -294,14 +307,14 @@ def test_tensors_without_memory_of_their_own_are_refused(place: int) -> None:
     tensors: list[Tensor] = [torch.ones(3), torch.ones(3)]
     tensors[place] = Wrapper(tensors[place])
     with pytest.raises(ValueError, match=f"tensor {place} is a Wrapper"):
-        operators_of("triton").grad_norm(tensors, [], False)
+        operators_of("triton").grad_norm(tensors, [], None, False)
 
 
 @on_the_cpu
 def test_an_update_of_parameters_on_another_device_than_their_state_is_refused() -> None:
     case = make_case(torch.float32, [Spec((5,))])
     moved = replace(case, params=[w.to("meta") for w in case.params], grads=[g.to("meta") for g in case.grads])
-    with pytest.raises(ValueError, match="params must be on cpu, as steps, got one on meta"):
+    with pytest.raises(ValueError, match=r"tensor 0 is .* on meta, not as when its state was made"):
         run_update("triton", moved, HYPER, False)
 
 

@@ -27,7 +27,8 @@ from bench.ptx import (
     traffic,
 )
 from bench.sass import NO_TOOL, MachineCode, find_cuobjdump, functions
-from bench.triton_code import BYTES, POWERS, STATES, TARGETS, Compiled
+from bench.triton_code import BYTES, STATES, TARGETS, Compiled
+from tests.support.rounding import amd_unrounded, has_general_power, unrounded
 from tests.support.turns import turn
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
@@ -40,36 +41,14 @@ MORE_REGISTERS = 32
 # A compute unit of gfx942 has 131,072 vector registers, twice of what launch.py shares out.
 AMD_SHARE = 2
 
-# Loads narrower than 64 bits that are not of a stream, by kernel and bits: the learning rate and the guards, of any
-# dtype.
-OTHER_LOADS = {("inspect_kernel", 16): 4, ("inspect_kernel", 32): 2}
+# Accesses narrower than 64 bits that are not of a stream, by kernel: the guards, of any dtype, and what a parameter's
+# elements share, six float32 numbers but beside float64 parameters.
+GUARD_LOADS = {32: 1, 16: 2}
+SHARED = 6
 
-# 16-byte loads and stores of AMD's that are not of a stream: pairs of int64, one beside the other, in the table and in
-# the counts.
-PAIRS = {"inspect_kernel": (3, 0), "update_kernel": (0, 1)}
-
-# Each of these is one IEEE rounding (f32x2: for either of two numbers; f32.bf16: one summand is narrower), and ptxas
-# fuses none that says how it rounds.
-ROUNDED = re.compile(r"(add|sub|mul|div|sqrt)\.rn\.f(32|32x2|64)|(add|sub)\.rn\.f32\.b?f16")
-# What the logarithm and the exponential in float64 are made of besides.
-FLOAT64_POWER = {"fma.rn.f64", "rcp.approx.ftz.f64"}
-# How many fused multiply-adds a general power takes in float32; of divisions there is one for every power.
-FLOAT32_POWER = 20
-
-_FLOATS = r"(?:b?f16(?:x2)?|f32(?:x2)?|f64)"
-_ARITHMETIC = re.compile(
-    rf"\b((?:add|sub|mul|fma|mad|div|rcp|sqrt|rsqrt|ex2|lg2|sin|cos|tanh)(?:\.\w+)*\.{_FLOATS}|call)[\s.]"
-)
-_CONVERSION = re.compile(rf"\b(cvt(?:\.\w+)*\.{_FLOATS}\.{_FLOATS})\s")
-_CONVERSION_ROUNDED = re.compile(rf"cvt(\.rn)?\.{_FLOATS}\.{_FLOATS}")
-
-# How many fused multiplications and additions a correctly rounded division and square root take on AMD.
-AMD_DIVISION = {"f32": 5, "f64": 5}
-AMD_ROOT = {"f32": 2, "f64": 7}
-_AMD_FUSED = re.compile(r"\s*v_(pk_)?(?:dot\w*_)?(?:fma|fmac|fmaak|fmamk|mad|mac)_(?:legacy_)?(b?f\d+)")
-# As a plain product or sum: the addend is -0, or a factor is 1.
-_AMD_MIXED = re.compile(r"\s*v_fma_mix\w*\s+(.*)")
-_AMD_PLAIN = re.compile(r"v\d+, \S+ \S+ neg\(0\)( .*)?|v\d+, \S+ 1\.0, \S+( .*)?")
+# 16-byte loads and stores of AMD's that are not of a stream: neighbours in the table, in the counts and in what a
+# parameter's elements share.
+PAIRS = {"inspect_kernel": (3, 3), "update_kernel": (3, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +82,12 @@ def the_update(kernels: list[Compiled], target: str) -> Compiled:
     return compiled
 
 
-def general_power(compiled: Compiled) -> str | None:
-    """The dtype that a general power is worked out in, where there is one."""
-    constants = compiled.variant.constants
-    return constants["STATE"] if POWERS.get(constants.get("POWER", 0)) == "general" else None
+def others_of(compiled: Compiled, name: str) -> dict[int, int]:
+    """The narrow loads or stores that are not of a stream, by width in bits, as PTX has them."""
+    kernel, state = compiled.variant.kernel, compiled.variant.constants.get("STATE")
+    shared = SHARED if (kernel, name) in (("inspect_kernel", "stores"), ("update_kernel", "loads")) else 0
+    guards = collections.Counter(GUARD_LOADS if (kernel, name) == ("inspect_kernel", "loads") else {})
+    return guards + collections.Counter({32: shared * (state == "fp32")})
 
 
 def found_and_expected(compiled: Compiled, found: Accesses) -> dict[str, tuple[object, object]]:
@@ -129,10 +110,7 @@ def found_and_expected(compiled: Compiled, found: Accesses) -> dict[str, tuple[o
         if is_nvidia(compiled.target):
             if counts[64] < expected[64]:
                 wrong[f"{name} of 64"] = (counts[64], expected[64])
-            if name == "loads":
-                expected.update(
-                    {bits: count for (kernel, bits), count in OTHER_LOADS.items() if kernel == compiled.variant.kernel}
-                )
+            expected.update(others_of(compiled, name))
         elif counts[64] != expected[64]:
             wrong[f"{name} of 64"] = (counts[64], expected[64])
         wrong |= {
@@ -146,51 +124,6 @@ def found_and_expected(compiled: Compiled, found: Accesses) -> dict[str, tuple[o
 def spilled(code: MachineCode) -> tuple[int, int, Mapping[str, int]] | None:
     """Stack, local memory and accesses to it, if there are any."""
     return (code.stack, code.local, code.spills) if code.stack or code.local or code.spills.total() else None
-
-
-def unrounded(ptx: str, power: str | None) -> collections.Counter[str]:
-    """The instructions that do something else than one operation of floats with one rounding to nearest."""
-    code = "\n".join(line.partition("//")[0] for line in ptx.splitlines())
-    found = collections.Counter(name for name in _ARITHMETIC.findall(code) if not ROUNDED.fullmatch(name))
-    found.update(name for name in _CONVERSION.findall(code) if not _CONVERSION_ROUNDED.fullmatch(name))
-    fused = found.pop("fma.rn.f32", 0) + 2 * found.pop("fma.rn.f32x2", 0)
-    found["fma.rn.f32"] = fused - (FLOAT32_POWER * code.count("div.rn.f32") if power == "fp32" else 0)
-    return collections.Counter(
-        {name: count for name, count in found.items() if count and not (power == "fp64" and name in FLOAT64_POWER)}
-    )
-
-
-def fused(compiled: Compiled) -> int:
-    """How many fused operations a kernel is meant to have: those that find what squares and products have lost."""
-    constants = compiled.variant.constants
-    streams = traffic(compiled)
-    if streams is None or constants.get("QUICK_FLOAT64", True):
-        return 0
-    wide, weighted = constants["DTYPE"] == "fp32", constants["WEIGHTED"]
-    # The square of a product of two floats is that of two floats once more; narrower squares are exact.
-    return streams.elements * (4 if wide and weighted else int(wide or weighted))
-
-
-def amd_unrounded(text: str, power: str | None) -> dict[str, int]:
-    """How many instructions of AMD's there are, by kind, beyond or below those of correctly rounded operations."""
-    lines = [line.partition(";")[0].rstrip() for line in text.splitlines()]
-    names = collections.Counter(line.split()[0].removesuffix("_e32").removesuffix("_e64") for line in lines if line)
-    fused: collections.Counter[str] = collections.Counter()
-    for matched in filter(None, map(_AMD_FUSED.match, lines)):
-        fused[matched[2]] += 2 if matched[1] else 1
-    mixed = [matched[1] for line in lines if (matched := _AMD_MIXED.match(line))]
-    found = {f"fma of {kind}": count for kind, count in fused.items() if kind not in AMD_DIVISION}
-    found["mixed"] = sum(not _AMD_PLAIN.fullmatch(operands) for operands in mixed)
-    for kind in ("f32",) if power == "fp64" else ("f32", "f64"):
-        divisions = names[f"v_div_fixup_{kind}"]
-        roots = names["v_sqrt_f32" if kind == "f32" else "v_rsq_f64"]
-        found[f"fma of {kind}"] = fused[kind] - AMD_DIVISION[kind] * divisions - AMD_ROOT[kind] * roots
-        found[f"reciprocals of {kind}"] = names[f"v_rcp_{kind}"] - divisions
-        if power == "fp32" and kind == "f32":
-            found["fma of f32"] -= FLOAT32_POWER * divisions
-    for name in ("v_rsq_f32", "v_exp_f32", "v_log_f32", "v_sin_f32", "v_cos_f32"):
-        found[name] = names[name]
-    return {name: count for name, count in found.items() if count}
 
 
 def test_every_kernel_of_the_sources_is_compiled(kernels: list[Compiled]) -> None:
@@ -277,7 +210,7 @@ def test_ptx_limits_the_registers_to_those_that_a_kernel_is_given(everything: li
 def test_kernels_are_given_few_registers(kernels: list[Compiled]) -> None:
     def most(compiled: Compiled) -> int:
         narrow = BYTES[compiled.variant.constants.get("DTYPE", "fp64")] == 2
-        return MOST_REGISTERS + MORE_REGISTERS * (narrow + (general_power(compiled) is not None))
+        return MOST_REGISTERS + MORE_REGISTERS * (narrow + has_general_power(compiled))
 
     given = {shown(compiled.variant): (compiled.variant.registers, most(compiled)) for compiled in kernels}
     assert {name: (registers, limit) for name, (registers, limit) in given.items() if registers > limit} == {}
@@ -285,13 +218,8 @@ def test_kernels_are_given_few_registers(kernels: list[Compiled]) -> None:
 
 def test_every_operation_rounds_once(kernels: list[Compiled]) -> None:
     check = unrounded if is_nvidia(kernels[0].target) else amd_unrounded
-    wrong = {}
-    for compiled in kernels:
-        counts = check(text_of(compiled), general_power(compiled))
-        found = counts.pop("fma.rn.f32", 0) + 2 * counts.pop("fma.rn.f32x2", 0)
-        if counts or found != fused(compiled):
-            wrong[shown(compiled.variant)] = (counts, found, fused(compiled))
-    assert wrong == {}
+    wrong = {shown(c.variant): check(text_of(c), c) for c in kernels}
+    assert {name: counts for name, counts in wrong.items() if counts} == {}
 
 
 def test_divisions_and_square_roots_are_there(kernels: list[Compiled]) -> None:
@@ -385,17 +313,36 @@ def test_an_access_of_bytes_is_noticed(update: Compiled) -> None:
         ("sqrt.rn.f32", "sqrt.rn.ftz.f32"),
         ("add.rn.f64", "fma.rn.f64"),
         ("add.rn.f64", "add.f64"),
-        ("mul.rn.f64", "mul.rz.f64"),
+        ("mul.rn.f32", "mul.rz.f32"),
         ("cvt.rn.f32.f64", "cvt.rz.f32.f64"),
     ],
 )
 def test_another_rounding_is_noticed(everything: list[Compiled], rounded: str, other: str) -> None:
-    (compiled,) = [
-        c for c in everything if c.target == "sm_80" and shown(c.variant) == "update_kernel<fp32, square root>"
-    ]
+    compiled = the_update(everything, "sm_80")
     ptx = text_of(compiled)
     assert rounded in ptx
-    assert unrounded(ptx.replace(rounded, other, 1), power=None) == {other: 1}
+    assert unrounded(ptx.replace(rounded, other, 1), compiled) == {other: 1}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "more"), [("fma.rn.f32", "mul.rn.f32", -1), ("mul.rn.f32", "fma.rn.f32", 1)]
+)
+def test_a_fused_multiply_add_more_or_less_is_noticed(
+    everything: list[Compiled], before: str, after: str, more: int
+) -> None:
+    compiled = the_update(everything, "sm_80")
+    changed = text_of(compiled).replace(before, after, 1)
+    assert unrounded(changed, compiled) == {"fma of f32": more}
+
+
+def test_float64_between_two_accesses_of_a_tile_is_noticed(update: Compiled) -> None:
+    nvidia = is_nvidia(update.target)
+    access = "ld.global.v4.b32" if nvidia else "buffer_load_dwordx4"
+    line = next(line for line in text_of(update).splitlines() if access in line)
+    double = "add.rn.f64 %rd1, %rd1, %rd1;" if nvidia else "v_add_f64 v[0:1], v[2:3], v[4:5]"
+    changed = text_of(update).replace(line, f"{line}\n\t{double}", 1)
+    assert float64_of_elements(text_of(update)) == {}
+    assert float64_of_elements(changed) == {double.split()[0]: 1}
 
 
 @pytest.mark.parametrize(
@@ -407,15 +354,15 @@ def test_another_rounding_is_noticed(everything: list[Compiled], rounded: str, o
         ("v_fma_f16 v0, v1, v2, v3", {"fma of f16": 1}),
         ("v_rcp_f32_e32 v0, v1", {"reciprocals of f32": 1}),
         ("v_exp_f32_e32 v0, v1", {"v_exp_f32": 1}),
-        ("v_fma_mix_f32 v0, v1, v2, v3 op_sel_hi:[1,1,0]", {"mixed": 1}),
+        ("v_fma_mix_f32 v0, v1, v2, v3 op_sel_hi:[1,1,0]", {"fma of f32": 1}),
         ("v_fma_mix_f32 v0, v6, 1.0, v0 op_sel:[1,0,0] op_sel_hi:[1,1,0]", {}),
         ("v_fma_mix_f32 v1, v1, v16, neg(0) op_sel_hi:[1,0,0]", {}),
         ("v_mad_u64_u32 v[0:1], s[0:1], v2, v3, 0", {}),
     ],
 )
 def test_another_rounding_is_noticed_on_amd(everything: list[Compiled], line: str, noticed: dict[str, int]) -> None:
-    text = text_of(the_update(everything, "gfx942"))
-    assert amd_unrounded(f"{text}\n\t{line}\n", power=None) == noticed
+    compiled = the_update(everything, "gfx942")
+    assert amd_unrounded(f"{text_of(compiled)}\n\t{line}\n", compiled) == noticed
 
 
 # What cuobjdump prints of a kernel with a stack, in short, with its code and without.

@@ -15,8 +15,9 @@ pytest.importorskip("triton")
 
 from bench.triton_code import variants  # noqa: E402
 from sassha_fused.triton_kernels import table  # noqa: E402
+from sassha_fused.triton_kernels.counts import SCALARS  # noqa: E402
 from tests.support import arena, backends, triton_ptx  # noqa: E402
-from tests.support.calls import call_everything, norm_of, run_perturb  # noqa: E402
+from tests.support.calls import HYPER, call_everything, norm_of, run_perturb, run_update  # noqa: E402
 from tests.support.cases import DTYPES, GUARD, Case, Spec, each_dtype, make_case  # noqa: E402
 from tests.support.checks import check_skip, exact_norm  # noqa: E402
 from tests.support.floors import FLOORS, LONG, bytes_per_element, elements_of, longest, wide_sectors  # noqa: E402
@@ -63,33 +64,43 @@ def streaming(runs: list[arena.Run]) -> arena.Run:
     """The launch that goes over the elements, of a call's launches; the others touch a few bytes per tensor."""
     run, others = longest(runs)
     for other in others:
-        # By each thread a few scalars; counts in and three scalars out per tensor, or the partial sums of a launch.
+        # By each thread a few settings and guards; two counts and two numbers in per tensor and three pairs out, or the
+        # partial sums of a launch.
         rows = len(LONG) + 3
-        assert other.stats.ld["bytes"] <= 8 * (3 * other.blocks * other.threads + run.blocks + 2 * rows)
-        assert other.stats.st["bytes"] <= 8 * (other.blocks + 3 * rows)
+        assert other.stats.ld["bytes"] <= 8 * (7 * other.blocks * other.threads + run.blocks + 4 * rows)
+        assert other.stats.st["bytes"] <= 8 * (other.blocks + 6 * rows)
     return run
+
+
+def tiles_of(run: arena.Run, case: Case) -> int:
+    """How many tiles a launch goes over, where these begin with the tensors."""
+    size = table.UNIT * triton_ptx.compiled()[run.name].variant.constants["UNITS"]
+    return sum(-(-param.numel() // size) for param in case.params)
 
 
 def most_other_bytes(run: arena.Run, case: Case) -> dict[str, int]:
     """What a launch may read and write beside the elements, whose addresses every thread looks up for each tile.
 
     Read: by each thread and tile the entry's first tile twice, its skip, length and number, up to six addresses and
-    three scalars; by each thread one scalar and the new counts, by each program the partial sums. Written: a partial
-    sum per program, the counts, the norm or a flag.
+    three scalars, or six halves as wide; by each thread the settings, one scalar and the new counts, by each program
+    the partial sums. Written: a partial sum per program, the counts, the norm or a flag.
     """
-    size = table.UNIT * triton_ptx.compiled()[run.name].variant.constants["UNITS"]
     # One more for elements before the first of the tensor, in its first Philox block.
-    tiles = sum(-(-param.numel() // size) + 1 for param in case.params)
+    tiles = tiles_of(run, case) + len(case.params)
     return {
-        "ld": 8 * (run.threads * (14 * tiles + 4 * run.blocks) + run.blocks * run.blocks),
+        "ld": 8 * (run.threads * (14 * tiles + 10 * run.blocks) + run.blocks * run.blocks),
         "st": 8 * (run.blocks + 2 * len(case.params) + 1),
     }
 
 
-def element_bytes(run: arena.Run, kind: str, dtype: torch.dtype) -> int:
+def element_bytes(run: arena.Run, kind: str, case: Case) -> int:
     """What was moved of elements; single ones of float64 are left out, for tables, counts and scalars look the same."""
-    widths = (16,) if dtype == torch.float64 else (2, 4, 16)
-    return sum(width * run.stats.width[kind, width] for width in widths)
+    if case.params[0].dtype == torch.float64:
+        return 16 * run.stats.width[kind, 16]
+    moved = sum(width * run.stats.width[kind, width] for width in (2, 4, 16))
+    # What the elements of a tensor share is read by each thread for each tile, unless the step is skipped.
+    taken = run.name.startswith("update_kernel") and int(case.skipped) == 0
+    return moved - (4 * SCALARS * run.threads * tiles_of(run, case) if kind == "ld" and taken else 0)
 
 
 @pytest.mark.parametrize("operator", FLOORS)
@@ -102,7 +113,7 @@ def test_aligned_tensors_move_at_the_floor_and_16_bytes_at_a_time(
     run = streaming(runs)
     for kind, floor in bytes_per_element(operator, dtype).items():
         least = elements_of(case) * floor
-        assert element_bytes(run, kind, dtype) == 16 * run.stats.width[kind, 16] == least, kind
+        assert element_bytes(run, kind, case) == 16 * run.stats.width[kind, 16] == least, kind
         assert getattr(run.stats, kind)["bytes"] - least <= most_other_bytes(run, case)[kind], kind
         # A sector holds 32 bytes. The state of a narrow parameter is twice as wide: where a thread keeps to the
         # elements whose parameters it reads, each sector of their state is asked for twice in a row.
@@ -121,8 +132,16 @@ def test_tensors_at_any_alignment_move_at_the_floor_too(
     for kind, floor in bytes_per_element(operator, dtype).items():
         least = elements_of(case) * floor
         if dtype != torch.float64:
-            assert element_bytes(run, kind, dtype) == least, kind
+            assert element_bytes(run, kind, case) == least, kind
         assert least <= getattr(run.stats, kind)["bytes"] <= least + most_other_bytes(run, case)[kind], kind
+
+
+@each_dtype
+def test_a_skipped_step_without_a_backup_touches_no_element(runs: list[arena.Run], dtype: torch.dtype) -> None:
+    case = on_whole_units(make_case(dtype, [Spec((size,)) for size in LONG]))
+    run_update(NAME, case, HYPER, True, [torch.tensor(math.nan)], backup=False)
+    assert [(run.stats.width["ld", 16], run.stats.width["st", 16]) for run in runs] == [(0, 0)] * 2
+    assert sum(run.stats.st["bytes"] for run in runs) < 8 * elements_of(case)
 
 
 def test_only_aligned_tensors_and_only_their_whole_tiles_go_16_bytes_at_a_time(runs: list[arena.Run]) -> None:

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sassha_fused import eager
 from sassha_fused.checks import BIAS_CORRECTIONS
 from sassha_fused.ops import NAMES
+from sassha_fused.settings import Settings
 from tests.support.backends import BACKENDS, marks_of, operators_of
 from tests.support.calls import arguments_of
 from tests.support.cases import (
@@ -114,12 +115,12 @@ def test_a_compiled_function_writes_the_same_bits(name: str, compiler: str) -> N
 # Bad arguments
 
 
-def shorter(values: Sequence[Any]) -> Sequence[Any]:
+def shorter(values: Any) -> Any:
     return values[:-1]
 
 
-def longer(values: Sequence[Any]) -> Sequence[Any]:
-    return [*values, values[-1]]
+def longer(values: Any) -> Any:
+    return torch.cat([values, values[-1:]]) if isinstance(values, Tensor) else [*values, values[-1]]
 
 
 def misshapen(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -152,6 +153,10 @@ def truncated(flat: Tensor) -> Tensor:
     return flat[: -3 * PART_ALIGNMENT]
 
 
+def truncated_rows(per_row: Tensor) -> Tensor:
+    return per_row[:-1]
+
+
 def beyond(rows: Sequence[int]) -> Sequence[int]:
     return [*rows[:-1], len(rows) + 3]
 
@@ -172,27 +177,37 @@ def negative(indices: Sequence[int]) -> Sequence[int]:
     return [*indices[:-1], -1]
 
 
-def uncorrected(settings: Sequence[float]) -> Sequence[float]:
-    """With a bias correction that there is not."""
-    return [*settings[:-1], len(BIAS_CORRECTIONS)]
+def with_unknown_correction(settings: Sequence[float]) -> Sequence[float]:
+    return list(Settings(*settings)._replace(bias_correction=len(BIAS_CORRECTIONS)))
+
+
+def with_negative_correction(settings: Sequence[float]) -> Sequence[float]:
+    return list(Settings(*settings)._replace(bias_correction=-1))
+
+
+def narrower(table: Tensor) -> Tensor:
+    return table[:, :-1].contiguous()
+
+
+def of_other_strides(layouts: Tensor) -> Tensor:
+    return layouts.index_put((torch.tensor(1), torch.tensor(3)), torch.tensor(7))
+
+
+def of_another_shape(layouts: Tensor) -> Tensor:
+    return layouts.index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(7))
 
 
 def in_another_order(layouts: Tensor) -> Tensor:
     return layouts.flip(0)
 
 
-def with_other_strides(layouts: Tensor) -> Tensor:
-    """The first stride of the tensor of four dimensions is another."""
-    return layouts.index_put((torch.tensor(2), torch.tensor(5)), torch.tensor(1))
-
-
 LENGTHS = (shorter, longer)
 TENSORS = (*LENGTHS, misshapen, transposed, mixed, reinterpreted, doubled)
 FLATS = (truncated, reinterpreted, doubled, with_gaps)
 ROWS = (*LENGTHS, beyond, negative)
-LAYOUTS = (shorter, reinterpreted, with_gaps, in_one_row, in_another_order, with_other_strides)
-PER_ROW = (reinterpreted, with_gaps, in_one_row)
-SETTINGS = (*LENGTHS, uncorrected)
+LAYOUTS = (*LENGTHS, reinterpreted, with_gaps, in_one_row, in_another_order, of_other_strides, of_another_shape)
+PER_ROW = (reinterpreted, with_gaps, in_one_row, narrower)
+SETTINGS = (*LENGTHS, with_unknown_correction, with_negative_correction)
 BAD_ARGUMENTS = [
     (name, argument, change)
     for name, argument, changes in [
@@ -222,7 +237,7 @@ BAD_ARGUMENTS = [
         ("update_", "offsets", LENGTHS),
         ("update_", "rows", ROWS),
         ("update_", "layouts", LAYOUTS),
-        ("update_", "per_row", (*PER_ROW, shorter)),
+        ("update_", "per_row", (truncated_rows, *PER_ROW)),
         ("update_", "settings", SETTINGS),
     ]
     for change in changes

@@ -28,6 +28,7 @@ FLOORS: dict[str, tuple[Callable[[str, Case], object], str, str]] = {
     "first sample": (lambda name, case: run_hutchinson(name, case, 1, 2, 0, 2), "p", "s"),
     "last sample": (lambda name, case: run_hutchinson(name, case, 1, 2, 1, 2), "ps", "s"),
     "lazy update": (lambda name, case: run_update(name, case, HYPER, False), "ppss", "ps"),
+    "update without a backup": (lambda name, case: run_update(name, case, HYPER, False, backup=False), "ppss", "ps"),
     "hessian update": (lambda name, case: run_update(name, case, HYPER, True), "pppss", "pss"),
     "skipped update": (lambda name, case: run_update(name, case, HYPER, True, [torch.tensor(math.nan)]), "p", "p"),
 }
@@ -38,6 +39,7 @@ FLOAT32_BYTES = {
     "first sample": 8,
     "last sample": 12,
     "lazy update": 24,
+    "update without a backup": 24,
     "hessian update": 32,
 }
 
