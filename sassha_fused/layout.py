@@ -76,6 +76,8 @@ def layouts_of(params: Sequence[Tensor]) -> Tensor:
 
 def check_layouts(params: Sequence[Tensor], layouts: Tensor, state: Tensor | None = None) -> None:
     """ValueError where one has another shape or other strides than layouts has, or is on another device than state."""
+    if layouts.dtype != torch.int64 or layouts.dim() != 2 or not layouts.is_contiguous():
+        raise ValueError(f"layouts must be a contiguous int64 matrix, got {layouts.dtype}, {tuple(layouts.shape)}")
     if len(layouts) != len(params):
         raise ValueError(f"layouts must have one row per tensor, {len(params)}, got {len(layouts)}")
     for i, (param, row) in enumerate(zip(params, layouts.tolist() if has_memory(layouts) else ())):

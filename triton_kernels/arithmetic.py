@@ -111,16 +111,16 @@ def corrected(exp_hessian, correction, STATE: tl.constexpr):
 
 @triton.jit
 def moved(w, direction, decay, step_size, STATE: tl.constexpr):
-    r""":math:`w (1 - \eta\lambda) - (\eta / c_1)` direction; decay and step_size are :math:`\eta\lambda` and
-    :math:`\eta / c_1`, in parts. In float32 as w - (decay w + step_size direction).
+    r""":math:`w (1 - \eta\lambda) - (\eta / c_1)` direction; decay and step_size are :math:`1 - \eta\lambda` and
+    :math:`\eta / c_1`, in parts.
     """
     decay_high, decay_low = decay
     step_high, step_low = step_size
     if STATE == tl.float64:
-        return w * (1.0 - decay_high) - step_high * direction
+        return w * decay_high - step_high * direction
     else:
-        rest = tl.fma(w, decay_low, step_low * direction)
-        return w - tl.fma(w, decay_high, tl.fma(direction, step_high, rest))
+        rest = tl.fma(w, decay_low, -(step_low * direction))
+        return tl.fma(w, decay_high, tl.fma(direction, -step_high, rest))
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def prepare(steps, rows, per_row, scalars, settings, HESSIAN: tl.constexpr, STAT
         weight_decay = row_setting(per_row, row, WEIGHT_DECAY, inside)
         step_size = lr / correction_of(setting(settings, BETA1), step, correction)
         hessian_correction = 1.0 / correction_of(setting(settings, BETA2), hessian_step, correction)
-        _put(scalars, row, inside, DECAY, lr * weight_decay, STATE)
+        _put(scalars, row, inside, DECAY, 1.0 - lr * weight_decay, STATE)
         _put(scalars, row, inside, STEP_SIZE, step_size, STATE)
         _put(scalars, row, inside, HESSIAN_CORRECTION, hessian_correction, STATE)
 

@@ -335,16 +335,6 @@ def test_a_fused_multiply_add_more_or_less_is_noticed(
     assert unrounded(changed, compiled) == {"fma of f32": more}
 
 
-def test_float64_between_two_accesses_of_a_tile_is_noticed(update: Compiled) -> None:
-    nvidia = is_nvidia(update.target)
-    access = "ld.global.v4.b32" if nvidia else "buffer_load_dwordx4"
-    line = next(line for line in text_of(update).splitlines() if access in line)
-    double = "add.rn.f64 %rd1, %rd1, %rd1;" if nvidia else "v_add_f64 v[0:1], v[2:3], v[4:5]"
-    changed = text_of(update).replace(line, f"{line}\n\t{double}", 1)
-    assert float64_of_elements(text_of(update)) == {}
-    assert float64_of_elements(changed) == {double.split()[0]: 1}
-
-
 @pytest.mark.parametrize(
     ("line", "noticed"),
     [

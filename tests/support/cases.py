@@ -25,9 +25,9 @@ LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "padded")
 BOUNDARIES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 SIZES = sorted({edge + step for edge in BOUNDARIES for step in (-1, 0, 1)} | {57, 77, 2051, 8196, 20003})
 
-# How far from the exact value float32 arithmetic may end, in ulp of the largest term summed: w'; m and D (the worst of 18
-# million at random hyperparameters was 1.5); the new weight (4.8), where up to nine roundings meet: two of m, five of the
-# direction, eps among them, and two of the sum; the new weight at a general power, whose root is less exact.
+# How far from the exact value float32 arithmetic may end, in ulp of the largest term summed: w'; m and D (the worst of
+# 18 million at random hyperparameters was 1.5); the new weight (4.8), where up to nine roundings meet: two of m, five
+# of the direction, eps among them, and two of the sum; the new weight at a general power, whose root is less exact.
 ULPS = 4
 AVERAGE_ULPS = 2
 UPDATE_ULPS = 5
