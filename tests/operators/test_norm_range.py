@@ -120,3 +120,17 @@ def test_norm_of_many_equal_numbers_is_exact(backend: str) -> None:
     with emulation.device(1, 1):
         found = norm_of(backend, grads)
     assert found == pytest.approx(math.sqrt(exact_sum_of_squares(grads, None)), rel=TOLERANCES[False], abs=0)
+
+
+@pytest.mark.skipif("triton" not in INTERPRETED, reason="Triton is not interpreted here")
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.slow)])
+def test_norm_is_exact_where_each_place_of_a_tile_takes_many_squares(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One program with small tiles, of which 40 make two sums of 16 and a rest.
+    monkeypatch.setattr("sassha_fused.triton_kernels.launch._INTERPRETED_UNITS", 1)
+    monkeypatch.setattr("sassha_fused.triton_kernels.launch._INTERPRETED_PROGRAMS", 1)
+    grads = [random_numbers(128 * 40, (-3, 0), torch.Generator().manual_seed(1)).float()]
+    with summed(backend, quick=False):
+        found = norm_of(backend, grads)
+    assert found == pytest.approx(math.sqrt(exact_sum_of_squares(grads, None)), rel=TOLERANCES[False], abs=0)
