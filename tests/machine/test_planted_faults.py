@@ -220,7 +220,6 @@ FAULTS = {
         (f"{FULL_TABLE}[986]",),
         PERTURB_FILE,
     ),
-    "a gap has a rho": Fault("perturb.cu", "if (row >= 0) scales", "scales", (LEFT_OUT,), PERTURB_FILE, CHECKED),
     # torch.cpp
     "what was laid out otherwise is perturbed": Fault(
         "torch.cpp",
