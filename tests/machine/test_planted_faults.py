@@ -213,6 +213,9 @@ FAULTS = {
     "a parameter has the rho of the first one": Fault(
         "perturb.cu", "scales[at.entry]", "scales[0]", (OWN_RHO,), PERTURB_FILE
     ),
+    "no barrier before rho is read": Fault(
+        "perturb.cu", "  __syncthreads();\n  for (Chunks", "  for (Chunks", (OWN_RHO,), PERTURB_FILE
+    ),
     "only the first threads' rho are known": Fault(
         "perturb.cu",
         "entry < a.table.count; entry += kThreads",
