@@ -71,7 +71,8 @@ def layouts_of(params: Sequence[Tensor]) -> Tensor:
     """The dimensions, shape and strides of each, int64 ``[params, 1 + 2 most dimensions]`` on the CPU."""
     rows = [[param.dim(), *param.shape, *param.stride()] for param in params]
     width = max(map(len, rows), default=1)
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64).reshape(len(rows), width)
+    padded = [row + [0] * (width - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.int64, device="cpu").reshape(len(rows), width)
 
 
 def check_layouts(params: Sequence[Tensor], layouts: Tensor, state: Tensor | None = None) -> None:

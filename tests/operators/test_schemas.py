@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sassha_fused import eager
 from sassha_fused.checks import BIAS_CORRECTIONS
+from sassha_fused.layout import layouts_of
 from sassha_fused.ops import NAMES
 from sassha_fused.settings import Settings
 from tests.support.backends import BACKENDS, marks_of, operators_of
@@ -109,6 +110,15 @@ def test_a_compiled_function_writes_the_same_bits(name: str, compiler: str) -> N
         assert_same_case(compiled, ran)
         if name == "grad_norm":
             assert_same_bits(found, expected, "norm")
+
+
+@pytest.mark.parametrize("default", ["meta", "cpu"])
+def test_layouts_lie_on_the_cpu_whatever_the_default_device(default: str) -> None:
+    params = small_case().params
+    with torch.device(default):
+        layouts = layouts_of(params)
+    assert layouts.device.type == "cpu"
+    assert torch.equal(layouts, layouts_of(params))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
