@@ -68,8 +68,15 @@ def _perturb(selection: Selection, norm: Tensor, measure: bool) -> None:
 def put_back(selections: Sequence[Selection]) -> None:
     """w' -> w, bit for bit."""
     for selection in selections:
-        torch._foreach_copy_(list(selection.params), selection.backups())
+        pairs = _with_backups(selection)
+        torch._foreach_copy_([param for param, _ in pairs], [backup for _, backup in pairs])
     forget_copies()
+
+
+def _with_backups(selection: Selection) -> list[tuple[Tensor, Tensor]]:
+    # What somebody has given another shape between the passes keeps what it was given.
+    pairs = zip(selection.params, selection.backups(), strict=True)
+    return [(param, backup) for param, backup in pairs if param.shape == backup.shape]
 
 
 def forget_copies() -> None:
@@ -81,7 +88,7 @@ def forget_copies() -> None:
 def swap_with_backup(selections: Sequence[Selection]) -> None:
     """Puts w in the parameters' place and w' in the backup's, or the other way round, unseen by autograd."""
     for selection in selections:
-        for param, backup in zip(selection.params, selection.backups(), strict=True):
+        for param, backup in _with_backups(selection):
             elsewhere = param.data.clone()
             param.data.copy_(backup)
             backup.copy_(elsewhere)

@@ -98,6 +98,7 @@ def test_the_coefficients_are_those_of_the_header() -> None:
 @each_backend_with(without=[BASELINE], power=POWERS, few={"power": POWERS[3:5]})
 def test_backends_raise_floats_of_every_magnitude_to_the_same_bits(backend: str, power: float) -> None:
     D = some_of_all(2_000 if backend in SLOW else 50_000, 0)
+    D = D[(D > 0) & D.isfinite()]  # of others the weights are NaN, with one sign or the other
     case = make_case(torch.float32, [Spec((len(D),))])
     (hessian,) = case.parts(case.exp_hessian)
     hessian.copy_(D)
