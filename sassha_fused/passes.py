@@ -68,8 +68,8 @@ def _perturb(selection: Selection, norm: Tensor, measure: bool) -> None:
 def put_back(selections: Sequence[Selection]) -> None:
     """w' -> w, bit for bit."""
     for selection in selections:
-        pairs = _with_backups(selection)
-        torch._foreach_copy_([param for param, _ in pairs], [backup for _, backup in pairs])
+        if pairs := _with_backups(selection):
+            torch._foreach_copy_([param for param, _ in pairs], [backup for _, backup in pairs])
     forget_copies()
 
 

@@ -135,3 +135,38 @@ def test_an_adaptive_step_and_a_learning_rate_in_a_tensor_launch_no_more(counts:
     opt = Sassha(params, torch.tensor(0.1), adaptive=True, hessian_interval=2, backend=BACKEND)
     take_step(opt, counts)
     assert take_step(opt, counts) == FEW[0]
+
+
+@pytest.mark.parametrize("rates", ["numbers", "tensors", "one tensor"])
+@pytest.mark.parametrize("groups", [1, 2, 12, 50])
+def test_launches_do_not_grow_with_the_groups(counts: Counter[str], groups: int, rates: str) -> None:
+    params = [nn.Parameter(torch.empty(8)) for _ in range(1000)]
+    shared, share = torch.tensor(0.1), len(params) // groups
+    given: list[dict[str, Any]] = []
+    for i in range(groups):
+        lr: Any = {"numbers": 0.1 / (i + 1), "tensors": torch.tensor(0.1 / (i + 1)), "one tensor": shared}[rates]
+        mine = params[i * share : (i + 1) * share]
+        given.append({"params": mine, "lr": lr, "weight_decay": 0.01 * (i % 2), "rho": 0.1 * (i % 3)})
+    opt = Sassha(given, rho=0.2, hessian_interval=2, backend=BACKEND)
+    take_step(opt, counts)
+    assert take_step(opt, counts) == FEW[0]
+    # A new learning rate is one copy, and no launch.
+    opt.param_groups[0]["lr"] = 0.05
+    take_step(opt, counts)
+    assert take_step(opt, counts) == FEW[0]
+
+
+def test_groups_of_other_settings_have_launches_of_their_own(counts: Counter[str]) -> None:
+    params = [nn.Parameter(torch.empty(8)) for _ in range(6)]
+    options: list[dict[str, Any]] = [{}, {"betas": (0.5, 0.9)}, {"lr": 0.01}] * 2
+    opt = Sassha([{"params": [p], **own} for p, own in zip(params, options)], hessian_interval=2, backend=BACKEND)
+    take_step(opt, counts)
+    # Two buckets; the norm is taken of both before either is written, twice.
+    launches = {
+        "perturb_ perturb": 2,
+        "update_ inspect": 2,
+        "update_ update": 2,
+        "grad_norm squares": 4,
+        "grad_norm norm": 4,
+    }
+    assert take_step(opt, counts) == launches
