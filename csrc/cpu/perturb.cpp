@@ -23,8 +23,6 @@ void perturb_range(P* w, const P* g, P* backup, int64_t n, Compute<P> scale, boo
   const auto perturb = adaptive ? perturb_tile<T, true> : perturb_tile<T, false>;
   for_each_tile(n, [&](int64_t start, int64_t length) {
     [[maybe_unused]] T w_tile[kTile], g_tile[kTile];
-    prefetch_tile(w, start, n);
-    prefetch_tile(g, start, n);
     copy(backup + start, w + start, length, streaming);
     const T* gradient = load(g + start, g_tile, length);
     if constexpr (std::is_same_v<P, T>) {

@@ -39,17 +39,6 @@ inline void copy_streaming(void* destination, const void* source, int64_t bytes)
 #endif
 }
 
-// Asks for memory that will be read soon: within a tile the processor does so by itself, at page boundaries it does
-// not.
-inline void prefetch(const void* start, int64_t bytes) {
-#if defined(__GNUC__)
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(start) + i);
-#else
-  (void)start;
-  (void)bytes;
-#endif
-}
-
 // Makes streamed stores visible to the threads that run after the parallel region.
 inline void finish_streaming() {
 #if defined(__SSE2__)

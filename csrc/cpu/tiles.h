@@ -13,7 +13,8 @@
 
 namespace sassha::cpu {
 
-constexpr int64_t kTile = 64;
+// Long enough that what a call for a tile costs does not count.
+constexpr int64_t kTile = 256;
 
 template <class P>
 SASSHA_CLONES void widen(const P* source, float* tile, int64_t n) {
@@ -72,13 +73,6 @@ void with_result(P* destination, int64_t n, bool streaming, const Fill& compute)
     narrow(tile, rounded, n);
     copy(destination, rounded, n, streaming);
   }
-}
-
-// Reads ahead: the fourth tile from here, of an array of n elements whose tile at start is at work.
-template <class P>
-void prefetch_tile(const P* array, int64_t start, int64_t n) {
-  const int64_t ahead = start + 4 * kTile;
-  if (ahead < n) prefetch(array + ahead, std::min(kTile, n - ahead) * static_cast<int64_t>(sizeof(P)));
 }
 
 // Calls body(start, length) for consecutive tiles of n elements.

@@ -89,10 +89,6 @@ struct UpdateRange {
            bool streaming) const {
     for_each_tile(n, [&](int64_t start, int64_t length) {
       T w_tile[kTile], g_tile[kTile], product_tile[kTile];
-      prefetch_tile(g, start, n);
-      prefetch_tile(old, start, n);
-      prefetch_tile(exp_avg, start, n);
-      prefetch_tile(exp_hessian, start, n);
       const T* hessian = product        ? load(product + start, product_tile, length)
                          : mean_product ? mean_product + start
                                         : nullptr;
