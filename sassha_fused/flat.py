@@ -148,12 +148,16 @@ class FlatState:
         self._last = {selection.bucket: selection.with_grads(()) for selection in found}
         return [selection for selection in found if selection.grads]
 
-    def take_in_groups(self, movable: bool) -> None:
+    def take_in_groups(self, groups: Groups, movable: bool) -> None:
         """Learns what the groups say, once they are accepted; movable: whether the state may be laid out anew.
 
         Raises:
             ValueError: it would have to be, and may not.
         """
+        if not movable and not _same(groups[: len(self._groups)], self._groups):
+            raise ValueError(
+                "opt.param_groups was replaced between perturb() and step(): do it before or after these two"
+            )
         agree = [bucket.take_in_groups() for bucket in self.buckets]
         if all(agree):
             return

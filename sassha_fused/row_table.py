@@ -42,9 +42,10 @@ class RowTable:
 
     def write(self) -> None:
         """Takes in what the groups say now, by one copy where it has changed."""
-        # A learning rate that is a tensor comes later: its value may change without anybody's notice.
+        # A learning rate that is a tensor comes later, as its value may change without anybody's notice. Where there
+        # was one, the table has its value, which nobody knows here.
         rows = [RowSettings.of(group) for group in self.groups]
-        if rows != self._written:
+        if rows != self._written or self.rates:
             values = torch.tensor(
                 [row for row, length in zip(rows, self._lengths) for _ in range(length)], dtype=self.values.dtype
             )

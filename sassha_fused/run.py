@@ -62,7 +62,7 @@ class Run:
         """
         self.accepted.accept(groups, has_state=bool(self.flat.buckets))
         try:
-            self.flat.take_in_groups(movable)
+            self.flat.take_in_groups(groups, movable)
         except ValueError:
             self.accepted.values = []  # so that nobody takes them for accepted
             raise

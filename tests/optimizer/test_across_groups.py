@@ -175,9 +175,10 @@ def test_an_edit_of_all_groups_between_the_passes_counts(backend: str) -> None:
 @both_backends
 @pytest.mark.parametrize("between", [False, True])
 def test_a_learning_rate_edited_at_any_time_is_that_of_the_next_update(backend: str, between: bool) -> None:
-    problem, expected = ManyGroups([{}, {}], backend).train(1), ManyGroups([{}, {"lr": 0.01}], backend)
-    expected.opt.param_groups[1]["lr"] = 0.03
-    expected.train(1).opt.param_groups[1]["lr"] = 0.01
+    problem, expected = (ManyGroups([{}, {}], backend).train(1) for _ in range(2))
+    state = expected.opt.state_dict()
+    state["param_groups"][1]["lr"] = 0.01
+    expected.opt.load_state_dict(state)  # lays the state and the table out anew
     for each in (problem, expected):
         each.opt.zero_grad()
         each.loss().backward()
@@ -206,6 +207,32 @@ def test_learning_rates_in_tensors_count_as_they_are_when_the_step_is_taken(back
         for group, i in zip(as_numbers.opt.param_groups, (0, None, 1, None, 2)):
             group["lr"] = float(rates[i]) if i is not None else group["lr"]
     assert_same(in_tensors.everything(), as_numbers.everything())
+
+
+@both_backends
+@pytest.mark.parametrize("number", [0.0, 0.02])
+def test_a_number_in_the_place_of_a_tensor_counts_from_then_on(backend: str, number: float) -> None:
+    given: list[dict[str, Any]] = [{"lr": torch.tensor(0.03125)}, {}]
+    problem, expected = ManyGroups(given, backend), ManyGroups([{"lr": 0.03125}, {}], backend)
+    for each in (problem, expected):
+        each.train(2).opt.param_groups[0]["lr"] = number
+        each.train(2).opt.param_groups[0]["lr"] = torch.tensor(0.0625) if each is problem else 0.0625
+        each.train(2)
+    assert_same(problem.everything(), expected.everything())
+
+
+def test_groups_replaced_between_the_passes_are_refused() -> None:
+    problem, expected = Problem().train(1), Problem().train(1)
+    problem.perturb()
+    problem.loss().backward()
+    kept = problem.opt.param_groups[1]
+    problem.opt.param_groups[1] = {**kept, "lr": 0.5}
+    with pytest.raises(ValueError, match="param_groups was replaced between"):
+        problem.opt.step()
+    problem.opt.param_groups[1] = kept
+    assert_same(weights(problem.params), weights(expected.params))
+    problem.opt.zero_grad()
+    assert_goes_on(problem, 3)
 
 
 @both_backends
