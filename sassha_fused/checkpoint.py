@@ -31,6 +31,8 @@ def check_and_protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[
     params = [param for group in optimizer.param_groups for param in group["params"]]
     shapes = {key: param.shape for key, param in zip(keys, params, strict=False)}
     for key, state in state_dict["state"].items():
+        if not state:
+            continue  # as somebody leaves it who only asks for it
         missing = [name for name in STATES if name not in state]
         if missing:
             raise ValueError(f"state_dict: the state of parameter {key!r} has no {', '.join(missing)}: is it Sassha's?")

@@ -160,6 +160,9 @@ class FlatState:
             )
         agree = [bucket.take_in_groups() for bucket in self.buckets]
         if all(agree):
+            kinds = {(bucket.device, bucket.dtype, bucket.settings) for bucket in self.buckets}
+            if len(kinds) < len(self.buckets):
+                self.forget()  # those that agree again come together before the next step
             return
         if not movable:
             raise ValueError(

@@ -67,6 +67,13 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if lacks_float64(device) else torch.float64
 
 
+def sent(device: torch.device, scalar: Tensor) -> Tensor:
+    """A scalar on another device; waits for it only where it goes to the host, which may read it at once."""
+    if lacks_float64(device) and scalar.dtype == torch.float64:
+        scalar = scalar.float()
+    return scalar.to(device, non_blocking=device.type != "cpu")
+
+
 def layouts_of(params: Sequence[Tensor]) -> Tensor:
     """The dimensions, shape and strides of each, int64 ``[params, 1 + 2 most dimensions]`` on the CPU."""
     rows = [[param.dim(), *param.shape, *param.stride()] for param in params]

@@ -166,11 +166,12 @@ class FusedOptimizer(Optimizer):
         """The rest of a step in phase style, or the whole of one whose only pass is at w."""
         run = self._run
         if run.step is not None:
+            run.step.groups = self.param_groups
             return run.step.finish()
         run.raise_given_up()
         grads = grads_of(of_groups(self.param_groups))
         if initialises_state(self.param_groups, self.state, grads):
-            run.flat.select(self.param_groups, self.state, run.counts.catch_up)
+            run.lay_out_anew(self.param_groups)
             return
         if grads and not is_single(self.param_groups):
             rho = max(group["rho"] for group in self.param_groups)
@@ -295,5 +296,4 @@ class FusedOptimizer(Optimizer):
             run.step.end()
         run.counts.set(*counts_of(self.param_groups, self.state))
         publish_counts(self.param_groups, self._run.counts)
-        run.flat = FlatState(run.flat.backend)
-        run.flat.lay_out(self.param_groups, self.state)
+        run.lay_out_anew(self.param_groups)

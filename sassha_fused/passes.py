@@ -11,8 +11,7 @@ from torch.nn.utils import parametrize
 
 from .checks import DTYPES, check_gradients
 from .flat import Selection
-from .layout import wide_dtype
-from .row_table import sent
+from .layout import sent, wide_dtype
 
 Products = Sequence[Sequence[Tensor]]
 

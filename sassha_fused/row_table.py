@@ -9,15 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import has_memory, wide_dtype
+from .layout import has_memory, sent, wide_dtype
 from .settings import RowSettings
 
 _LR = RowSettings._fields.index("lr")
-
-
-def sent(device: torch.device, scalar: Tensor) -> Tensor:
-    """A scalar on another device; waits for it only where it goes to the host, which may read it at once."""
-    return scalar.to(device, non_blocking=device.type != "cpu")
 
 
 class RowTable:
@@ -36,8 +31,9 @@ class RowTable:
         self.values = torch.zeros(
             (len(group_of_row), len(RowSettings._fields)), dtype=wide_dtype(device), device=device
         )
-        self._written: list[RowSettings] = []
         self.rates: list[Tensor] = []
+        self._written: list[RowSettings] = []
+        self._rated: list[bool] = []
         self.write()
 
     def write(self) -> None:
@@ -46,22 +42,26 @@ class RowTable:
         # was one, the table has its value, which nobody knows here.
         rows = [RowSettings.of(group) for group in self.groups]
         if rows != self._written or self.rates:
-            values = torch.tensor(
-                [row for row, length in zip(rows, self._lengths) for _ in range(length)], dtype=self.values.dtype
-            )
+            of_rows = [row for row, length in zip(rows, self._lengths) for _ in range(length)]
+            values = torch.tensor(of_rows, dtype=self.values.dtype, device="cpu")
             if self.values.is_cuda and has_memory(values):
                 values = values.pin_memory()  # else the copy would wait for the device
             self.values.copy_(values, non_blocking=True)
             self._written = rows
         rates = [group["lr"] for group in self.groups]
         self.rates = [lr for lr in rates if isinstance(lr, Tensor)]
-        if self.rates:
-            rated = [isinstance(lr, Tensor) for lr, length in zip(rates, self._lengths) for _ in range(length)]
-            lengths = [length for lr, length in zip(rates, self._lengths) if isinstance(lr, Tensor)]
-            which = [i for i, length in enumerate(lengths) for _ in range(length)]
-            device = self.values.device
-            self._rated_rows = torch.tensor([row for row, is_rated in enumerate(rated) if is_rated], device=device)
-            self._rate_of_row = torch.tensor(which, device=device)
+        self._find_rated([isinstance(lr, Tensor) for lr in rates])
+
+    def _find_rated(self, rated: list[bool]) -> None:
+        # Only where others are rated now: CUDA graphs go on reading these two.
+        if rated == self._rated:
+            return
+        self._rated = rated
+        of_rows = [is_rated for is_rated, length in zip(rated, self._lengths) for _ in range(length)]
+        lengths = [length for is_rated, length in zip(rated, self._lengths) if is_rated]
+        device = self.values.device
+        self._rows = torch.tensor([row for row, is_rated in enumerate(of_rows) if is_rated], device=device)
+        self._rate_of_row = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)], device=device)
 
     def take_in_rates(self) -> Tensor:
         """Copies the learning rates that are tensors into the table, on the device.
@@ -69,7 +69,11 @@ class RowTable:
         Returns:
             A 0-d tensor that is not finite where one of them is not.
         """
-        device = self.values.device
+        device, column = self.values.device, self.values.select(1, _LR)
+        if all(self._rated) and all(lr is self.rates[0] for lr in self.rates):
+            rate = sent(device, self.rates[0].detach().reshape(())).to(self.values.dtype)
+            column.copy_(rate)
+            return rate
         rates = torch.cat([sent(device, lr.detach().reshape(1)) for lr in self.rates]).to(self.values.dtype)
-        self.values.select(1, _LR).index_copy_(0, self._rated_rows, rates.index_select(0, self._rate_of_row))
+        column.index_copy_(0, self._rows, rates.index_select(0, self._rate_of_row))
         return rates.sum()

@@ -24,6 +24,13 @@ from .run import Run
 _grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
 
 
+def accept_edited(run: Run, groups: Groups, movable: bool) -> None:
+    """Checks and takes in groups that somebody has edited; movable: whether the state may be laid out anew."""
+    values, accepted = list(chain.from_iterable(map(values_of, groups))), run.accepted.values
+    if len(values) != len(accepted) or not all(map(is_, values, accepted)):
+        run.accept(groups, movable)
+
+
 def _telling_grads(selections: Sequence[Selection]) -> list[Tensor]:
     return [selection.grads[i] for selection in selections for i in selection.telling]
 
@@ -49,7 +56,7 @@ class Step:
         # Weakly: run owns the step, and an optimizer that is dropped at w' takes its step along.
         self._run: Run = weakref.proxy(run)
         self.groups = groups
-        self._accept_groups(movable=True)
+        accept_edited(run, groups, movable=True)
         self._single = run.accepted.single
         self.perturbed = False
         self.curvature: Curvature | None = None
@@ -62,11 +69,6 @@ class Step:
     def take_in_first_gradients(cls, run: Run, groups: Groups) -> None:
         """Makes the step whose first gradients are in .grad, and takes it to w'."""
         cls(run, groups).perturb()
-
-    def _accept_groups(self, movable: bool) -> None:
-        values, accepted = list(chain.from_iterable(map(values_of, self.groups))), self._run.accepted.values
-        if len(values) != len(accepted) or not all(map(is_, values, accepted)):
-            self._run.accept(self.groups, movable)
 
     # ---------------------------------------------------------------- the way there
 
@@ -148,7 +150,7 @@ class Step:
 
     def finish(self, losses: Sequence[Tensor] = ()) -> None:
         """From the gradients of the last pass to the new weights: Hessian products, checks, and the update."""
-        self._accept_groups(movable=not self._moved)
+        accept_edited(self._run, self.groups, movable=not self._moved)
         selections = self._perturbed_and_back() if self._moved else self._with_current(self._at_w)
         if not selections or self._norm is None:
             return self.end()
@@ -160,10 +162,9 @@ class Step:
         products = self.curvature.products_of(selections) if self.curvature is not None else ()
         with self._run.uninterrupted:
             self._put_back_all_but(selections)
-            # Of several buckets the update of one may go through before another's fails.
-            backed_up = self._moved or (selections if len(selections) > 1 else ())
-            if not self._moved:
-                passes.back_up(backed_up)
+            backed_up: Sequence[Selection] = self._moved
+            if not self._moved and len(selections) > 1:  # the update of one may go through before another's fails
+                passes.back_up(backed_up := selections)
             try:
                 passes.update(selections, products, self._norm, bool(self._moved), bool(backed_up), losses)
             except BaseException:

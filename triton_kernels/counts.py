@@ -38,7 +38,7 @@ def _put(scalars, row, inside, SCALAR: tl.constexpr, value, STATE: tl.constexpr)
 
 @triton.jit
 def prepare(steps, rows, per_row, scalars, settings, HESSIAN: tl.constexpr, STATE: tl.constexpr):
-    r"""scalars[row] <- :math:`\eta\lambda, \eta / c_1, 1 / c_2` in two parts each, for every row of the counts."""
+    r"""scalars[row] <- :math:`1 - \eta\lambda, \eta / c_1, 1 / c_2` in two parts each, for every row of the counts."""
     correction = setting(settings, BIAS_CORRECTION)
     for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = start + tl.arange(0, ROWS)
