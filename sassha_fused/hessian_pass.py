@@ -6,6 +6,7 @@ import functools
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -108,28 +109,41 @@ class _Backward(TorchFunctionMode):
             return func(*args, **{**(kwargs or {}), "create_graph": True})
 
 
-# Both settings are the process's: the first to come makes them, the last to go, of any thread, undoes them.
-_settings, _inside, _lock = ExitStack(), 0, threading.Lock()
+class _Block:
+    """Lives as long as a block, whose end Ctrl-C may cut off anywhere."""
+
+
+# Both settings are the process's: the first block to come makes them, the last to go, of any thread, undoes them, or
+# the next one, should Ctrl-C come just then. A thread that was interrupted within the lock may take it once more.
+_settings, _lock = ExitStack(), threading.RLock()
+_inside: weakref.WeakSet[_Block] = weakref.WeakSet()
+
+
+def _leave() -> None:
+    with _lock:
+        if not _inside:
+            _settings.close()
 
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Attention by torch's own arithmetic, and compiled models as written: both can be differentiated twice."""
-    global _inside
+    block = _Block()
+    weakref.finalize(block, _leave)
     with _lock:
-        if _inside == 0:
+        if not _inside:
+            _settings.close()
             _settings.enter_context(sdpa_kernel(SDPBackend.MATH))
             # Only where somebody has compiled something: the first import of torch._dynamo takes seconds.
             if "torch._dynamo" in sys.modules:
                 _settings.enter_context(torch.compiler.set_stance("force_eager"))
-        _inside += 1
+        _inside.add(block)
     try:
         yield
     finally:
-        with _lock:
-            _inside -= 1
-            if _inside == 0:
-                _settings.close()
+        _inside.discard(block)
+        del block
+        _leave()
 
 
 @contextmanager

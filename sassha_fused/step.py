@@ -26,8 +26,8 @@ _grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
 
 def accept_edited(run: Run, groups: Groups, movable: bool) -> None:
     """Checks and takes in groups that somebody has edited; movable: whether the state may be laid out anew."""
-    values, accepted = list(chain.from_iterable(map(values_of, groups))), run.accepted.values
-    if len(values) != len(accepted) or not all(map(is_, values, accepted)):
+    values, known = list(chain.from_iterable(map(values_of, groups))), run.accepted.values
+    if len(values) != len(known) or not all(map(is_, values, known)):
         run.accept(groups, movable)
 
 
@@ -53,8 +53,7 @@ class Step:
     """
 
     def __init__(self, run: Run, groups: Groups) -> None:
-        # Weakly: run owns the step, and an optimizer that is dropped at w' takes its step along.
-        self._run: Run = weakref.proxy(run)
+        self._run: Run = weakref.proxy(run)  # which owns the step: an optimizer that is dropped takes it along
         self.groups = groups
         accept_edited(run, groups, movable=True)
         self._single = run.accepted.single
@@ -162,8 +161,8 @@ class Step:
         products = self.curvature.products_of(selections) if self.curvature is not None else ()
         with self._run.uninterrupted:
             self._put_back_all_but(selections)
-            backed_up: Sequence[Selection] = self._moved
-            if not self._moved and len(selections) > 1:  # the update of one may go through before another's fails
+            backed_up = self._moved
+            if not backed_up and len(selections) > 1:  # the update of one may go through before another's fails
                 passes.back_up(backed_up := selections)
             try:
                 passes.update(selections, products, self._norm, bool(self._moved), bool(backed_up), losses)
@@ -235,7 +234,7 @@ class Step:
                 self.end()
 
     def give_up(self, because: str | None = None) -> None:
-        """After an exception, or where the state is asked for between the passes: w' -> w, and the step is over."""
+        """After an exception, or where the state is asked for between the passes: w' -> w; the step is over."""
         with self._run.uninterrupted:
             try:
                 if self.perturbed:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sassha_fused import Sassha, flat
 from sassha_fused.bucket import Bucket
+from sassha_fused.row_table import RowTable
 from tests.support.kinds import assert_goes_on
 from tests.support.problems import ALL_STYLES, BACKENDS, Problem, assert_same, single_threaded, weights
 
@@ -287,3 +288,66 @@ def test_without_a_perturbation_no_backup_is_ever_made(backend: str) -> None:
     problem.opt.param_groups[0]["rho"] = 0.1
     problem.train(1)
     assert "backup" in vars(problem.buckets[0])
+
+
+@both_backends
+def test_a_load_between_two_equal_edits_leaves_no_old_value(backend: str) -> None:
+    problem = ManyGroups([{}, {}], backend).train(1)
+    group = problem.opt.param_groups[0]
+    rate, group["lr"] = group["lr"], 0.0
+    problem.opt.load_state_dict(problem.opt.state_dict())
+    problem.opt.param_groups[0]["lr"] = rate
+    expected = ManyGroups([{}, {}], backend).train(2)
+    assert_same(problem.train(1).everything(), expected.everything())
+
+
+@both_backends
+def test_groups_that_agree_again_come_together(backend: str) -> None:
+    problem = ManyGroups([{}, {}], backend).train(1)
+    problem.opt.param_groups[1]["eps"] = 0.1
+    assert len(problem.train(1).buckets) == 2
+    problem.opt.param_groups[1]["eps"] = problem.opt.param_groups[0]["eps"]
+    assert len(problem.train(1).buckets) == 1
+
+
+def test_an_interrupt_while_values_are_taken_in_loses_no_edit(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, expected = (ManyGroups([{}, {}]).train(1) for _ in range(2))
+    expected.opt.param_groups[0]["lr"] = problem.opt.param_groups[0]["lr"] = 0.0
+
+    def interrupted(table: RowTable) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RowTable, "write", interrupted)
+        problem.train(1)
+    assert_same(problem.train(2).everything(), expected.train(2).everything())
+
+
+def test_a_list_of_groups_put_in_between_the_passes_is_refused() -> None:
+    problem = Problem().train(1)
+    problem.perturb()
+    problem.loss().backward()
+    kept = problem.opt.param_groups
+    problem.opt.param_groups = [{**group, "lr": 0.0} for group in kept]
+    with pytest.raises(ValueError, match="param_groups was replaced between"):
+        problem.opt.step()
+    problem.opt.param_groups = kept
+    problem.opt.zero_grad()
+    assert_goes_on(problem, 3)
+
+
+def test_the_default_device_is_not_asked() -> None:
+    problem = ManyGroups([{"lr": torch.tensor(0.03125)}, {}])
+    with torch.device("meta"):
+        problem.opt.step(problem.loss)
+    assert problem.buckets[0].table.values.device.type == "cpu"
+    assert_same(problem.everything(), ManyGroups([{"lr": 0.03125}, {}]).train(1).everything())
+
+
+def test_the_tables_of_a_graph_stay_where_they_are() -> None:
+    problem = ManyGroups([{"lr": torch.tensor(0.03)}, {}, {"lr": torch.tensor(0.01)}]).train(1)
+    table = problem.buckets[0].table
+    places = [table.values.data_ptr(), table._rows, table._rate_of_row]
+    problem.opt.param_groups[1]["lr"] = 0.5
+    problem.train(1)
+    assert places[0] == table.values.data_ptr() and places[1] is table._rows and places[2] is table._rate_of_row
