@@ -46,7 +46,9 @@ __global__ void __launch_bounds__(kThreads) perturb_kernel(const __grid_constant
   // Of each entry, once a block: every thread at every entry that it comes to would be a hundred times as much float64.
   __shared__ T scales[RowTable<2>::kCapacity];
   const Norm norm = norm_of(a);
-  const bool finite = std::isfinite(norm.value);
+  // Shared, or the compiler asks the float64 number once more for each vector.
+  __shared__ bool finite;
+  if (threadIdx.x == 0) finite = std::isfinite(norm.value);
   for (int entry = threadIdx.x; entry < a.table.count; entry += kThreads) {
     const int64_t row = a.table.row[entry];
     if (row >= 0) scales[entry] = perturbation_scale<T>(a.per_row[row].rho, norm.inverse, a.settings);

@@ -157,7 +157,12 @@ def test_more_elements_execute_no_more_float64_instructions(
     executed: collections.Counter[str], backend: str, dtype: torch.dtype, operator: str
 ) -> None:
     with summed(backend, quick=False):
-        assert executed_per_element(executed, backend, operator, dtype) == {}
+        found = executed_per_element(executed, backend, operator, dtype)
+    if backend == "triton_ptx" and "perturb" in operator:
+        # In each tile, of 512 elements or twice as many, 128 threads work out rho over the norm, and round it.
+        assert found.total() <= SIZE // 2 and {text.split(".")[0] for text in found} == {"mul", "cvt"}
+    else:
+        assert found == {}
 
 
 @backends.each_of(backends.EXECUTED)

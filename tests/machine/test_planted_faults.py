@@ -228,14 +228,14 @@ FAULTS = {
         "torch.cpp",
         "(param_list, layouts);\n  const TensorList grads(grad_list, params);\n  const Settings",
         "(param_list);\n  const TensorList grads(grad_list, params);\n  const Settings",
-        (f"{REFUSED}[perturb_-layouts-with_other_strides-cuda_emulated]",),
+        (f"{REFUSED}[perturb_-layouts-of_other_strides-cuda_emulated]",),
         GLUE,
     ),
     "what was laid out otherwise is updated": Fault(
         "torch.cpp",
         "(param_list, layouts);\n  const TensorList grads(grad_list, params);\n  const bool hessian_step",
         "(param_list);\n  const TensorList grads(grad_list, params);\n  const bool hessian_step",
-        (f"{REFUSED}[update_-layouts-with_other_strides-cuda_emulated]",),
+        (f"{REFUSED}[update_-layouts-of_other_strides-cuda_emulated]",),
         GLUE,
     ),
     # update.cu

@@ -29,37 +29,37 @@ VARIABLE = "SASSHA_TEST_TRITON_KERNELS"
 OPTIONS = ("-q", "-x", "-p", "no:cacheprovider", "-p", "tests.support.planted")
 
 
-def test_of(file: str, name: str, *case: str) -> str:
+def node_of(file: str, name: str, *case: str) -> str:
     """The node of a test of the operators, on this backend."""
     return f"tests/operators/test_{file}.py::test_{name}[{'-'.join([*case, 'triton'])}]"
 
 
-UPDATE = test_of("update", "update_changes_every_element_by_the_formula_and_nothing_else", "hessian-57 tensors-float32")
-EVERY_POWER = test_of("update", "update_is_the_formula_at_every_power", "0.5-float32")
-UPDATE_MODES = test_of("update", "update_is_the_formula_in_every_mode", "maximize-update-0.5-not hessian-float32")
-OWN_RATE = test_of("update", "every_parameter_has_its_own_learning_rate_and_decay", "update-not hessian-float32")
-COUNTS = test_of("update", "counts_of_any_length_correct_the_bias", "(9, 1)")
-WITHOUT_BACKUP = test_of("update", "without_a_backup_the_step_is_from_the_weights_themselves", "0.5-hessian-float32")
-PERTURB = test_of("perturb", "perturb_moves_every_element_by_the_formula_and_nothing_else", "every size-float32")
-PERTURB_MODES = test_of("perturb", "perturb_is_the_formula_in_every_mode", "not adaptive-maximize-float32")
-OWN_RHO = test_of("perturb", "every_parameter_has_its_own_rho", "not adaptive-float32")
-MEASURED = test_of("perturb", "perturb_measures_the_norm_that_grad_norm_does", "not adaptive-float32")
-VANISHING = test_of("perturb", "the_perturbation_of_a_vanishing_gradient_is_that_of_the_formula", "1e-13")
-OTHER_STRIDES = test_of("perturb", "gradients_may_have_other_strides_than_their_parameter", "transposed-sliced-float32")
-STANDSTILL = test_of("standstill", "one_bad_element_stops_every_tensor", "not adaptive-float32")
-NORM = test_of("norm", "norm_is_exact_to_a_few_ulp_of_float64", "adaptive-57 tensors-float32")
-SAME_PERTURB = test_of("agreement", "backends_perturb_to_the_same_bits", "not adaptive-57 tensors-bfloat16")
-SAME_UPDATE = test_of("agreement", "backends_update_to_the_same_bits", "step-0.5-not hessian-57 tensors-float32")
-SAME_FLOAT64 = test_of("agreement", "compiled_backends_update_float64_to_the_same_bits", "0.5")
-GUARDS = test_of("guards", "any_one_of_several_guards_skips_the_step")
-GRADIENTS = test_of(
+UPDATE = node_of("update", "update_changes_every_element_by_the_formula_and_nothing_else", "hessian-57 tensors-float32")
+EVERY_POWER = node_of("update", "update_is_the_formula_at_every_power", "0.5-float32")
+UPDATE_MODES = node_of("update", "update_is_the_formula_in_every_mode", "maximize-update-0.5-not hessian-float32")
+OWN_RATE = node_of("update", "every_parameter_has_its_own_learning_rate_and_decay", "update-not hessian-float32")
+COUNTS = node_of("update", "counts_of_any_length_correct_the_bias", "(9, 1)")
+WITHOUT_BACKUP = node_of("update", "without_a_backup_the_step_is_from_the_weights_themselves", "0.5-hessian-float32")
+PERTURB = node_of("perturb", "perturb_moves_every_element_by_the_formula_and_nothing_else", "every size-float32")
+PERTURB_MODES = node_of("perturb", "perturb_is_the_formula_in_every_mode", "not adaptive-maximize-float32")
+OWN_RHO = node_of("perturb", "every_parameter_has_its_own_rho", "not adaptive-float32")
+MEASURED = node_of("perturb", "perturb_measures_the_norm_that_grad_norm_does", "not adaptive-float32")
+VANISHING = node_of("perturb", "the_perturbation_of_a_vanishing_gradient_is_that_of_the_formula", "1e-13")
+OTHER_STRIDES = node_of("perturb", "gradients_may_have_other_strides_than_their_parameter", "transposed-sliced-float32")
+STANDSTILL = node_of("standstill", "one_bad_element_stops_every_tensor", "not adaptive-float32")
+NORM = node_of("norm", "norm_is_exact_to_a_few_ulp_of_float64", "adaptive-57 tensors-float32")
+SAME_PERTURB = node_of("agreement", "backends_perturb_to_the_same_bits", "not adaptive-57 tensors-bfloat16")
+SAME_UPDATE = node_of("agreement", "backends_update_to_the_same_bits", "none-1.0-hessian-57 tensors-float32")
+SAME_FLOAT64 = node_of("agreement", "compiled_backends_update_float64_to_the_same_bits", "0.5")
+GUARDS = node_of("guards", "any_one_of_several_guards_skips_the_step")
+GRADIENTS = node_of(
     "guards", "one_element_that_is_not_finite_skips_the_step_where_gradients_are_guards", "nan-products-float32"
 )
-LARGEST = test_of("guards", "the_largest_finite_gradients_and_products_skip_no_step", "float32")
-ESTIMATE = test_of("agreement", "backends_estimate_to_the_same_bits", "0-every layout-float32")
-SIGNS = test_of("signs", "signs_from_any_index_on_are_those_of_the_reference", "12345")
+LARGEST = node_of("guards", "the_largest_finite_gradients_and_products_skip_no_step", "float32")
+ESTIMATE = node_of("agreement", "backends_estimate_to_the_same_bits", "0-every layout-float32")
+SIGNS = node_of("signs", "signs_from_any_index_on_are_those_of_the_reference", "12345")
 MANY_ROWS = "tests/machine/test_triton.py::test_more_tensors_than_two_looks_at_the_table_can_tell_apart[float32]"
-REFUSED = test_of(
+REFUSED = node_of(
     "schemas", "arguments_that_do_not_fit_are_refused_and_nothing_is_written", "update_-layouts-of_other_strides"
 )
 
