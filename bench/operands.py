@@ -10,18 +10,9 @@ from torch import Tensor
 
 from bench.shapes import Shape
 from sassha_fused.bucket import Bucket, Member
+from sassha_fused.selftest import HYPERPARAMETERS
 
-GROUP = {
-    "lr": 1e-4,
-    "betas": (0.9, 0.999),
-    "eps": 1e-4,
-    "weight_decay": 1e-4,
-    "rho": 1e-3,
-    "hessian_power": 0.5,
-    "adaptive": False,
-    "maximize": False,
-    "bias_correction": "step",
-}
+GROUP = {**HYPERPARAMETERS, "lr": 1e-4, "weight_decay": 1e-4, "rho": 1e-3}
 
 
 class Operands:

@@ -7,7 +7,6 @@ float32: results are then as close to the formulas, but not the same bits as els
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .checks import BIAS_CORRECTIONS, check_gradients
-from .fused_multiply_add import fma
+from .fused_multiply_add import fma, nearest_float32
 from .layout import check_layouts, lacks_float64, state_dtype, view_of, wide_dtype
 from .power import raised
-from .settings import RowSettings, Settings
+from .settings import RowSettings, settings_of
 
 _WORD = 0xFFFFFFFF
 
@@ -61,7 +60,7 @@ def perturb_(
     """
     check_gradients(params, grads)
     check_layouts(params, layouts, backup)
-    shared = Settings(*settings)
+    shared = settings_of(settings)
     if measure:
         norm.copy_(grad_norm(grads, params, None, bool(shared.adaptive)))
     finite = torch.isfinite(norm)
@@ -146,16 +145,12 @@ class _Parts(NamedTuple):
     low: Tensor | float
 
 
-def _nearest_float32(x: float) -> float:
-    return ctypes.c_float(x).value
-
-
 def _parts(x: Tensor | float, dtype: torch.dtype) -> _Parts:
     if isinstance(x, Tensor):
         high = x.to(dtype)
         return _Parts(high, (x - high.to(x.dtype)).to(dtype))
-    nearest = x if dtype == torch.float64 else _nearest_float32(x)
-    return _Parts(nearest, _nearest_float32(x - nearest))
+    nearest = x if dtype == torch.float64 else nearest_float32(x)
+    return _Parts(nearest, nearest_float32(x - nearest))
 
 
 def _average(mean: Tensor, beta: _Parts, x: Tensor, weight: _Parts) -> Tensor:
@@ -215,7 +210,7 @@ def update_(
     """
     check_gradients(params, grads)
     check_layouts(params, layouts, exp_avg)
-    shared = Settings(*settings)
+    shared = settings_of(settings)
     kind = BIAS_CORRECTIONS[int(shared.bias_correction)]
     if guard_grads:
         guards = [*guards, *(grad_norm(tensors, (), None, False) for tensors in (grads, products) if tensors)]

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from .layout import lacks_float64
+
+
+def nearest_float32(x: float) -> float:
+    """x rounded to float32."""
+    return ctypes.c_float(x).value
 
 
 def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:

@@ -5,13 +5,12 @@ Its numbers are those of triton_kernels/power.py too.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .fused_multiply_add import fma
+from .fused_multiply_add import fma, nearest_float32
 
 # log2(1 + t) / t - 1 and (2^r - 1) / r: the coefficients of csrc/math/power.h, in rising order.
 LOG2 = (
@@ -44,7 +43,7 @@ def _split(power: float) -> tuple[float, float]:
     """The power as the sum of two floats, the first of 16 digits."""
     scaled = power * SPLITTER
     high = scaled - (scaled - power)
-    return high, ctypes.c_float(power - high).value
+    return high, nearest_float32(power - high)
 
 
 def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:

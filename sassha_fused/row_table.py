@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import count, groupby
 from typing import Any
 
 import torch
@@ -42,26 +42,28 @@ class RowTable:
         # was one, the table has its value, which nobody knows here.
         rows = [RowSettings.of(group) for group in self.groups]
         if rows != self._written or self.rates:
-            of_rows = [row for row, length in zip(rows, self._lengths) for _ in range(length)]
-            values = torch.tensor(of_rows, dtype=self.values.dtype, device="cpu")
+            values = torch.tensor(self._of_rows(rows), dtype=self.values.dtype, device="cpu")
             if self.values.is_cuda and has_memory(values):
                 values = values.pin_memory()  # else the copy would wait for the device
             self.values.copy_(values, non_blocking=True)
             self._written = rows
-        rates = [group["lr"] for group in self.groups]
-        self.rates = [lr for lr in rates if isinstance(lr, Tensor)]
-        self._find_rated([isinstance(lr, Tensor) for lr in rates])
+        rated = [isinstance(group["lr"], Tensor) for group in self.groups]
+        self.rates = [group["lr"] for group, is_rated in zip(self.groups, rated) if is_rated]
+        self._find_rated(rated)
+
+    def _of_rows(self, of_groups: Sequence[Any]) -> list[Any]:
+        return [value for value, length in zip(of_groups, self._lengths) for _ in range(length)]
 
     def _find_rated(self, rated: list[bool]) -> None:
         # Only where others are rated now: CUDA graphs go on reading these two.
         if rated == self._rated:
             return
         self._rated = rated
-        of_rows = [is_rated for is_rated, length in zip(rated, self._lengths) for _ in range(length)]
-        lengths = [length for is_rated, length in zip(rated, self._lengths) if is_rated]
-        device = self.values.device
-        self._rows = torch.tensor([row for row, is_rated in enumerate(of_rows) if is_rated], device=device)
-        self._rate_of_row = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)], device=device)
+        place = count()
+        places = self._of_rows([next(place) if is_rated else None for is_rated in rated])
+        rows = [row for row, i in enumerate(places) if i is not None]
+        self._rows = torch.tensor(rows, dtype=torch.int64, device=self.values.device)
+        self._rate_of_row = torch.tensor([places[row] for row in rows], dtype=torch.int64, device=self.values.device)
 
     def take_in_rates(self) -> Tensor:
         """Copies the learning rates that are tensors into the table, on the device.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -51,3 +52,15 @@ class RowSettings(NamedTuple):
         """Those of a parameter group; of a learning rate that is a tensor, which the host must not wait for, 0."""
         lr = group["lr"]
         return cls(0.0 if isinstance(lr, Tensor) else float(lr), float(group["weight_decay"]), float(group["rho"]))
+
+
+def settings_of(numbers: Sequence[float]) -> Settings:
+    """The settings by their names; ValueError where they are too many, too few, or of an unknown bias correction."""
+    if len(numbers) != len(Settings._fields):
+        raise ValueError(f"settings must be {len(Settings._fields)} numbers, got {len(numbers)}")
+    settings = Settings(*numbers)
+    if settings.bias_correction not in range(len(BIAS_CORRECTIONS)):
+        raise ValueError(
+            f"bias_correction must be the index of one of {BIAS_CORRECTIONS}, got {settings.bias_correction}"
+        )
+    return settings

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import BIAS_CORRECTIONS, DTYPES, check_gradients
+from ..checks import DTYPES, check_gradients
 from ..layout import check_layouts, state_dtype
-from ..settings import RowSettings, Settings
+from ..settings import RowSettings
 from .table import UNIT
 
 
@@ -90,18 +90,6 @@ def check_rows(tensors: Sequence[Tensor], rows: Sequence[int], per_row: Tensor, 
     if per_row.dim() != 2 or per_row.shape[1] != len(RowSettings._fields):
         raise ValueError(f"per_row must have rows of {len(RowSettings._fields)} numbers, got {tuple(per_row.shape)}")
     check_numbers("rows", tensors, rows, len(per_row))
-
-
-def settings_of(numbers: Sequence[float]) -> Settings:
-    """The settings by their names."""
-    if len(numbers) != len(Settings._fields):
-        raise ValueError(f"settings must be {len(Settings._fields)} numbers, got {len(numbers)}")
-    settings = Settings(*numbers)
-    if settings.bias_correction not in range(len(BIAS_CORRECTIONS)):
-        raise ValueError(
-            f"bias_correction must be the index of one of {BIAS_CORRECTIONS}, got {settings.bias_correction}"
-        )
-    return settings
 
 
 def check_update(

@@ -70,8 +70,8 @@ def inspect_kernel(
 ):
     r"""partial[program] <- a number that is not finite if any element of the program's share, or any guard, is not.
 
-    And what is at scalars, of STATE ``[rows, 6]`` <- :math:`\eta\lambda, \eta / c_1, 1 / c_2`, in two parts each, for
-    each row of steps, int64 ``[rows, 2]``, and per_row, float64 ``[rows, 3]``.
+    And what is at scalars, of STATE ``[rows, 6]`` <- :math:`1 - \eta\lambda, \eta / c_1, 1 / c_2`, in two parts each,
+    for each row of steps, int64 ``[rows, 2]``, and per_row, float64 ``[rows, 3]``.
 
     Streams: the gradients, of DTYPE, and if HESSIAN the products, of PRODUCT, of any length. guards: the addresses and
     dtypes of one-element tensors. Reads 4 bytes per float32 element (8 if HESSIAN).

@@ -65,7 +65,7 @@ def units_on(device: torch.device, dtype: torch.dtype, streams: int) -> int:
     return tile_units(dtype, streams, torch.cuda.get_device_properties(device).warp_size)
 
 
-# Of NVIDIA's architectures those that do float64 at half the rate of float32; all others take it at a 64th.
+# Of NVIDIA's architectures those that do float64 at half the rate of float32; all others at a 32nd or a 64th.
 _QUICK_FLOAT64 = ((7, 0), (8, 0), (9, 0), (10, 0))
 
 

@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import check_layouts, has_memory, state_dtype
+from ..settings import settings_of
 from .arithmetic import double, narrow, perturbed
-from .checks import check_like, check_list, check_parts, check_rows, check_scalar, check_tensor, settings_of
+from .checks import check_like, check_list, check_parts, check_rows, check_scalar, check_tensor
 from .launch import DTYPES, launch_over, registers_for, units_on
 from .lists import dense, laid_out_like, write_back
 from .norm import sum_squares

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..layout import has_memory
+from ..settings import settings_of
 from .arithmetic import GENERAL, IDENTITY, SQUARE_ROOT
-from .checks import check_update, settings_of
+from .checks import check_update
 from .counts import SCALARS
 from .inspection import inspect_kernel
 from .launch import DTYPE_CODES, DTYPES, launch_over, programs, registers_for, units_on

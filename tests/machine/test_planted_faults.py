@@ -6,7 +6,7 @@ A fault that no test sees is a hole in the tests.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pytest
 from tests.machine.test_emulation import CSRC_VARIABLE, OPTIONS
 from tests.support import emulation
 from tests.support.backends import marks_of
+from tests.support.faults import FAILED, plant
 from tests.support.forks import Forks
 
 pytestmark = marks_of(emulation.BACKEND)
@@ -26,9 +27,6 @@ CHECKED = ("-O0", "-fsanitize=undefined", "-fno-sanitize-recover=undefined")
 FOLDER = "tests/operators"
 TABLES, LONG = f"{FOLDER}/test_tables.py", f"{FOLDER}/test_long_tensors.py"
 EMULATION = "tests/machine/test_emulation.py"
-
-# What pytest returns where a test has failed; all above says that none was run.
-FAILED = 1
 
 PERTURB = f"{FOLDER}/test_perturb.py::test_perturb_moves_every_element_by_the_formula_and_nothing_else"
 UPDATE = f"{FOLDER}/test_update.py::test_update_changes_every_element_by_the_formula_and_nothing_else"
@@ -306,13 +304,6 @@ FAULTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    forks = Forks()
-    yield forks
-    forks.close()
-
-
 @pytest.fixture
 def csrc(tmp_path: Path) -> Path:
     return Path(shutil.copytree(emulation.ROOT / "csrc", tmp_path / "csrc"))
@@ -340,10 +331,7 @@ def test_without_a_fault_the_same_tests_pass(forks: Forks, csrc: Path, options: 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_seen(forks: Forks, csrc: Path, name: str) -> None:
     fault = FAULTS[name]
-    file = csrc / "cuda" / fault.file
-    text = file.read_text()
-    assert text.count(fault.right) == 1, f"{fault.file} has not exactly one {fault.right!r}"
-    file.write_text(text.replace(fault.right, fault.wrong))
+    plant(csrc / "cuda" / fault.file, fault.right, fault.wrong)
     code, printed = run(forks, fault.tests, csrc, fault.options, fault.compiled)
     # The sanitizer ends the process with the same code as pytest does.
     reported = any(report in printed for report in ("1 failed", "runtime error:"))

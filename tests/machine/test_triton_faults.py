@@ -6,7 +6,7 @@ A fault that no test sees is a hole in the tests.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +14,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.machine.test_planted_faults import FAILED
 from tests.support.backends import BACKENDS
 from tests.support.emulation import ROOT
+from tests.support.faults import FAILED, KERNELS_VARIABLE, plant
 from tests.support.forks import Forks
 
 pytestmark = [
@@ -24,8 +24,6 @@ pytestmark = [
     pytest.mark.skipif(BACKENDS["triton"] != "cpu", reason="Triton is not interpreted here"),
 ]
 
-# Of tests/support/planted.py, which is for forks alone.
-VARIABLE = "SASSHA_TEST_TRITON_KERNELS"
 OPTIONS = ("-q", "-x", "-p", "no:cacheprovider", "-p", "tests.support.planted")
 
 
@@ -174,13 +172,6 @@ FAULTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    forks = Forks()
-    yield forks
-    forks.close()
-
-
 @pytest.fixture
 def kernels(tmp_path: Path) -> Path:
     """A copy to plant a fault in."""
@@ -189,7 +180,7 @@ def kernels(tmp_path: Path) -> Path:
 
 def run(forks: Forks, kernels: Path, tests: Sequence[str]) -> tuple[int, str]:
     """Runs tests on a copy; returns the exit code and what was printed."""
-    done = forks.run(*OPTIONS, *tests, **{VARIABLE: str(kernels.parent)})
+    done = forks.run(*OPTIONS, *tests, **{KERNELS_VARIABLE: str(kernels.parent)})
     return done.returncode, done.stdout
 
 
@@ -202,9 +193,6 @@ def test_without_a_fault_the_same_tests_pass(forks: Forks, kernels: Path) -> Non
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_seen(forks: Forks, kernels: Path, name: str) -> None:
     fault = FAULTS[name]
-    file = kernels / f"{fault.file}.py"
-    text = file.read_text()
-    assert text.count(fault.right) == 1, f"{file.name} has not exactly one {fault.right!r}"
-    file.write_text(text.replace(fault.right, fault.wrong))
+    plant(kernels / f"{fault.file}.py", fault.right, fault.wrong)
     code, printed = run(forks, kernels, [fault.test])
     assert code == FAILED and "1 failed" in printed, f"exit code {code}\n{printed[-4000:]}"

@@ -76,10 +76,10 @@ def test_whole_steps_are_those_of_other_devices_up_to_rounding(
     monkeypatch.undo()
     expected = Problem("eager", **options).train(5, style)
     for one, two in zip(found.params, expected.params):
-        torch.testing.assert_close(one, two, rtol=2e-4, atol=2e-5)
-        for name in ("exp_avg", "exp_hessian"):
-            a, b = found.opt.state[one][name], expected.opt.state[two][name]
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+        states = [(found.opt.state[one][name], expected.opt.state[two][name]) for name in ("exp_avg", "exp_hessian")]
+        for a, b in ((one, two), *states):
+            # A few roundings of float32 in five steps; 3.3e-7 of the largest was measured.
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * float(b.detach().abs().max()))
         assert int(found.opt.state[one]["step"]) == 5
 
 

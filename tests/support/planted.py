@@ -4,8 +4,7 @@ import os
 import sys
 
 import sassha_fused
-
-VARIABLE = "SASSHA_TEST_TRITON_KERNELS"
+from tests.support.faults import KERNELS_VARIABLE
 
 assert "sassha_fused.triton_kernels" not in sys.modules, "the repository's own are loaded already"
-sassha_fused.__path__.insert(0, os.environ[VARIABLE])
+sassha_fused.__path__.insert(0, os.environ[KERNELS_VARIABLE])
