@@ -235,3 +235,24 @@ def test_a_capture_that_fails_changes_nothing(
     step._closure = problem.loss
     run(problem, step, 12 - problem.steps)
     assert_same(problem.snapshot(), usual.snapshot())
+
+
+def test_a_replay_finds_the_numbers_that_the_groups_say(
+    recorded: list[PlaybackGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem()
+    step = graphed(problem)
+    run(problem, step, 14)
+    group, found = problem.opt.param_groups[0], []
+    rate, group["lr"] = group["lr"], 0.5
+    problem.step()  # as usual, such as of a last batch that is shorter
+    group["lr"] = rate
+
+    def replay(graph: PlaybackGraph) -> None:
+        (bucket,) = problem.opt._run.flat.buckets
+        found.append([row[0] for row in bucket.table.values.tolist()])
+        graph.play()
+
+    monkeypatch.setattr(PlaybackGraph, "replay", replay)
+    run(problem, step, 1)
+    assert found == [[each["lr"] for each in problem.opt.param_groups for _ in each["params"]]]
