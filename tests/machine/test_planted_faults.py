@@ -193,8 +193,8 @@ FAULTS = {
     ),
     "a norm counts as finite before it is measured": Fault(
         "perturb.cu",
-        "const bool finite = std::isfinite(norm.value);",
-        "const bool finite = a.partial_count > 0 || std::isfinite(norm.value);",
+        "finite = std::isfinite(norm.value);",
+        "finite = a.partial_count > 0 || std::isfinite(norm.value);",
         (MEASURED,),
         PERTURB_FILE,
     ),
