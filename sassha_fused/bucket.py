@@ -14,7 +14,7 @@ from .layout import layouts_of, part_of, state_dtype, view_of, wide_dtype
 from .ops import Operators, operators
 from .parameter_state import check_shape
 from .row_table import RowTable
-from .settings import Settings
+from .settings import Settings, shared_of
 
 # The state of a parameter starts at a multiple of this many elements: 256 bytes in the narrowest dtype.
 ALIGNMENT = 128
@@ -79,10 +79,10 @@ class Bucket:
 
     def take_in_groups(self) -> bool:
         """Learns what its groups say now; whether they still share their Settings."""
-        settings = [Settings.of(group) for group in self.table.groups]
-        if settings.count(settings[0]) < len(settings):
+        shared = list(map(shared_of, self.table.groups))
+        if shared.count(shared[0]) < len(shared):
             return False
-        self.settings = settings[0]
+        self.settings = Settings.of(self.table.groups[0])
         self.table.write()
         return True
 

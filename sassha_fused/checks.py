@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import zip_longest
 from numbers import Integral, Real
 from operator import itemgetter
 from typing import Any
@@ -42,10 +43,10 @@ def _check_lr(lr: Any, wait: bool) -> None:
         raise ValueError(f"lr must be finite and >= 0, got {lr!r}")
 
 
-def _check_betas(betas: Any) -> None:
+def _check_betas(name: str, betas: Any) -> None:
     pair = list(betas) if isinstance(betas, Sequence) and not isinstance(betas, str) else []
     if len(pair) != 2 or not all(_is_number(beta) and 0.0 <= beta < 1.0 for beta in pair):
-        raise ValueError(f"betas must be a pair of numbers in [0, 1), got {betas!r}")
+        raise ValueError(f"{name} must be a pair of numbers in [0, 1), got {betas!r}")
 
 
 def check_integer(name: str, value: Any, smallest: int, bits: int = 63) -> None:
@@ -62,29 +63,52 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_hyperparameters(group: dict[str, Any], wait: bool = True) -> None:
-    """Checks every hyperparameter of one parameter group; the value of a tensor, on its device, only if it may wait."""
-    _check_lr(group["lr"], wait)
-    for name in ("eps", "weight_decay", "rho"):
-        _check_number(name, group[name])
-    _check_betas(group["betas"])
-    power = group["hessian_power"]
-    if not _is_number(power) or not 0.0 < power <= 1.0:
-        raise ValueError(f"hessian_power must be a number in (0, 1], got {power!r}")
-    check_integer("hessian_interval", group["hessian_interval"], 1)
-    check_integer("hessian_warmup", group["hessian_warmup"], 0)
-    check_integer("hessian_samples", group["hessian_samples"], 1, bits=32)
-    check_integer("seed", group["seed"], 0)
-    check_choice("bias_correction", group["bias_correction"], BIAS_CORRECTIONS)
-    for name in ("adaptive", "maximize"):
-        if not isinstance(group[name], bool):
-            raise TypeError(f"{name} must be a bool, got {group[name]!r}")
+def _check_power(name: str, value: Any) -> None:
+    if not _is_number(value) or not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
 
 
-def check_groups(groups: Sequence[dict[str, Any]], wait: bool = True) -> None:
-    """Checks every hyperparameter of all groups, and that they share what belongs to the optimizer."""
-    for group in groups:
-        check_hyperparameters(group, wait)
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "eps": _check_number,
+    "weight_decay": _check_number,
+    "rho": _check_number,
+    "betas": _check_betas,
+    "hessian_power": _check_power,
+    "hessian_interval": partial(check_integer, smallest=1),
+    "hessian_warmup": partial(check_integer, smallest=0),
+    "hessian_samples": partial(check_integer, smallest=1, bits=32),
+    "seed": partial(check_integer, smallest=0),
+    "bias_correction": partial(check_choice, choices=BIAS_CORRECTIONS),
+    "adaptive": _check_bool,
+    "maximize": _check_bool,
+}
+
+
+def check_hyperparameters(group: dict[str, Any], wait: bool = True, accepted: dict[str, Any] | None = None) -> None:
+    """Checks the hyperparameters of one parameter group.
+
+    Args:
+        wait: whether a learning rate that is a tensor is waited for, on its device.
+        accepted: the group as it was checked before; what is still the same object is not checked again.
+    """
+    if accepted is None or isinstance(group["lr"], Tensor) or group["lr"] is not accepted["lr"]:
+        _check_lr(group["lr"], wait)
+    for name, check in _CHECKS.items():
+        if accepted is None or group[name] is not accepted[name]:
+            check(name, group[name])
+
+
+def check_groups(
+    groups: Sequence[dict[str, Any]], wait: bool = True, accepted: Sequence[dict[str, Any] | None] = ()
+) -> None:
+    """Checks the hyperparameters of all groups, and that they share what belongs to the optimizer."""
+    for group, known in zip_longest(groups, accepted[: len(groups)]):
+        check_hyperparameters(group, wait, known)
         for name in SHARED:
             if group[name] != groups[0][name]:
                 raise ValueError(
@@ -94,7 +118,7 @@ def check_groups(groups: Sequence[dict[str, Any]], wait: bool = True) -> None:
 
 
 _NUMBERS = ("lr", "eps", "weight_decay", "rho", "hessian_power")
-values_of = itemgetter(*_NUMBERS, "betas", "adaptive", "maximize", "bias_correction", *SHARED)
+lr_of = itemgetter("lr")
 
 
 def is_single(groups: Sequence[dict[str, Any]]) -> bool:
@@ -106,24 +130,30 @@ class AcceptedGroups:
     """The groups as they were when they were last checked.
 
     Attributes:
-        values: their hyperparameters; whoever edits a group, a scheduler for one, puts another object there.
+        groups: copies of them.
+        rates: their learning rates, of which another tensor is an edit even where it is equal now.
         single: whether a step has but one pass.
     """
 
     def __init__(self) -> None:
-        self.values: list[Any] = []
+        self.groups: list[dict[str, Any]] = []
+        self.rates: list[Any] = []
         self.single = False
         self._corrections: list[str] = []
 
+    def forget(self) -> None:
+        """The groups count as edited."""
+        self.groups, self.rates = [], []
+
     def accept(self, groups: Sequence[dict[str, Any]], has_state: bool) -> None:
         """Accepts the groups as they are; raises TypeError or ValueError, and accepts nothing, where one is wrong."""
-        check_groups(groups, wait=False)
+        check_groups(groups, wait=False, accepted=self.groups)
         corrections = [group["bias_correction"] for group in groups]
         if has_state:
             check_same_corrections(self._corrections, corrections)
         for group in groups:
             _in_own_types(group)
-        self.values = list(chain.from_iterable(map(values_of, groups)))
+        self.groups, self.rates = list(map(dict, groups)), list(map(lr_of, groups))
         self._corrections = corrections
         self.single = is_single(groups)
 

@@ -179,7 +179,7 @@ class FlatState:
             or any(param.grad is not None for param in self._stateless)
             or not _same(groups, self._groups)
             or list(map(len, map(_params, groups))) != self._lengths
-            or not _same(list(chain.from_iterable(map(_params, groups))), self._params)
+            or not all(map(is_, chain.from_iterable(map(_params, groups)), self._params))
         )
 
     def is_current(self) -> bool:

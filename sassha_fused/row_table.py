@@ -27,7 +27,7 @@ class RowTable:
     def __init__(self, group_of_row: Sequence[dict[str, Any]], device: torch.device) -> None:
         runs = [list(run) for _, run in groupby(group_of_row, key=id)]
         self.groups = [run[0] for run in runs]
-        self._lengths = [len(run) for run in runs]
+        self._group_of_row = torch.tensor([i for i, run in enumerate(runs) for _ in run], device="cpu")
         self.values = torch.zeros(
             (len(group_of_row), len(RowSettings._fields)), dtype=wide_dtype(device), device=device
         )
@@ -42,7 +42,8 @@ class RowTable:
         # was one, the table has its value, which nobody knows here.
         rows = [RowSettings.of(group) for group in self.groups]
         if rows != self._written or self.rates:
-            values = torch.tensor(self._of_rows(rows), dtype=self.values.dtype, device="cpu")
+            of_groups = torch.tensor(rows, dtype=self.values.dtype, device="cpu")
+            values = of_groups.index_select(0, self._group_of_row)
             if self.values.is_cuda and has_memory(values):
                 values = values.pin_memory()  # else the copy would wait for the device
             self.values.copy_(values, non_blocking=True)
@@ -51,19 +52,16 @@ class RowTable:
         self.rates = [group["lr"] for group, is_rated in zip(self.groups, rated) if is_rated]
         self._find_rated(rated)
 
-    def _of_rows(self, of_groups: Sequence[Any]) -> list[Any]:
-        return [value for value, length in zip(of_groups, self._lengths) for _ in range(length)]
-
     def _find_rated(self, rated: list[bool]) -> None:
         # Only where others are rated now: CUDA graphs go on reading these two.
         if rated == self._rated:
             return
         self._rated = rated
         place = count()
-        places = self._of_rows([next(place) if is_rated else None for is_rated in rated])
-        rows = [row for row, i in enumerate(places) if i is not None]
-        self._rows = torch.tensor(rows, dtype=torch.int64, device=self.values.device)
-        self._rate_of_row = torch.tensor([places[row] for row in rows], dtype=torch.int64, device=self.values.device)
+        places = [next(place) if is_rated else -1 for is_rated in rated]
+        rate_of_row = torch.tensor(places, device="cpu").index_select(0, self._group_of_row)
+        rows = torch.nonzero(rate_of_row >= 0).flatten()
+        self._rows, self._rate_of_row = rows.to(self.values.device), rate_of_row[rows].to(self.values.device)
 
     def take_in_rates(self) -> Tensor:
         """Copies the learning rates that are tensors into the table, on the device.

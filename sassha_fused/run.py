@@ -64,13 +64,13 @@ class Run:
         try:
             self.flat.take_in_groups(groups, movable)
         except BaseException:
-            self.accepted.values = []  # so that nobody takes them for accepted
+            self.accepted.forget()  # so that nobody takes them for accepted
             raise
 
     def lay_out_anew(self, groups: Groups) -> None:
         """Makes the flat state without a step; the next one takes in what the groups say then."""
         self.counts.catch_up()
-        self.accepted.values = []
+        self.accepted.forget()
         self.flat = FlatState(self.flat.backend)
         self.flat.lay_out(groups, self.states)
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
-from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor
 
 from . import passes
-from .checks import values_of
+from .checks import lr_of
 from .counts import StepTaken
 from .curvature.of_step import Curvature, at_w_prime, release_graphs, take_products
 from .flat import Groups, Selection, with_gradients
@@ -26,8 +25,10 @@ _grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
 
 def accept_edited(run: Run, groups: Groups, movable: bool) -> None:
     """Checks and takes in groups that somebody has edited; movable: whether the state may be laid out anew."""
-    values, known = list(chain.from_iterable(map(values_of, groups))), run.accepted.values
-    if len(values) != len(known) or not all(map(is_, values, known)):
+    known, edited = run.accepted, True
+    with suppress(RuntimeError, ValueError):  # of a tensor or an array that somebody has put there: no one truth value
+        edited = not all(map(is_, map(lr_of, groups), known.rates)) or groups != known.groups
+    if edited:
         run.accept(groups, movable)
 
 
@@ -214,10 +215,7 @@ class Step:
         self._run.counts.count(taken)
 
     def restore(self) -> None:
-        """w' -> w; the Hessian products of gradients that carry their graph are taken first and kept.
-
-        Without second gradients, or where a Hessian step's have no graph, the step is over.
-        """
+        """w' -> w, after the products of a Hessian step; without second gradients, or their graph, the step is over."""
         if not self.perturbed:
             return
         over = not with_gradients(self._moved) or (self.curvature is not None and not self.curvature.may_take())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.support.kinds import all_styles, assert_goes_on, refused
-from tests.support.problems import ALL_STYLES, Problem, assert_same, single_threaded
+from tests.support.problems import ALL_STYLES, Problem, assert_same, single_threaded, weights
 
 one_thread = pytest.fixture(autouse=True)(single_threaded)
 
@@ -31,8 +32,13 @@ BAD: list[tuple[str, Any]] = [
     ("bias_correction", None),
     *((name, value) for name in ("adaptive", "maximize") for value in (1, 0.0, "yes", None)),
 ]
-IDS = [f"{name}-{value!r}".replace("\n", "") for name, value in BAD]
-each_bad_value = pytest.mark.parametrize("name, value", BAD, ids=IDS)
+
+
+def id_of(edit: tuple[str, Any]) -> str:
+    return f"{edit[0]}-{edit[1]!r}"
+
+
+each_bad_value = pytest.mark.parametrize("name, value", BAD, ids=map(id_of, BAD))
 
 
 class Edited:
@@ -69,7 +75,13 @@ def test_a_bad_value_is_named_at_every_call(name: str, value: Any) -> None:
     assert_goes_on(problem, 2)
 
 
-@each_bad_value
+# What equals the number that stands there is no edit.
+ACCEPTED = Problem().opt.param_groups[0]
+NO_EDITS = [edit for edit in BAD if isinstance(edit[1], (int, float)) and edit[1] == ACCEPTED[edit[0]]]
+EDITS = [edit for edit in BAD if id_of(edit) not in map(id_of, NO_EDITS)]
+
+
+@pytest.mark.parametrize("name, value", EDITS, ids=map(id_of, EDITS))
 def test_between_the_passes_too(name: str, value: Any) -> None:
     problem = Problem().train(1)
     edited = Edited(problem)
@@ -83,6 +95,27 @@ def test_between_the_passes_too(name: str, value: Any) -> None:
     edited.back()
     assert_same(problem.snapshot(), before)
     assert_goes_on(problem, 2)
+
+
+@pytest.mark.parametrize("name, value", NO_EDITS, ids=map(id_of, NO_EDITS))
+def test_a_number_that_equals_the_one_that_stands_there_is_no_edit(name: str, value: Any) -> None:
+    one, other = Problem().train(1), Problem().train(1)
+    for problem in (one, other):
+        problem.perturb()
+        problem.loss().backward()
+    Edited(one).put(name, value, group=None if name in INTEGERS else 0)
+    for problem in (one, other):
+        problem.opt.step()
+    assert_same(weights(one.params), weights(other.params))
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array], ids=["tensor", "array"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_has_several_elements_is_refused_by_name(kind: Any, name: str) -> None:
+    problem = Problem().train(1)
+    Edited(problem).put(name, kind([0.1, 0.2]), group=0)
+    with pytest.raises((TypeError, ValueError), match=f"^{name}"):
+        problem.step("closure")
 
 
 @each_bad_value
