@@ -27,7 +27,8 @@ class RowTable:
     def __init__(self, group_of_row: Sequence[dict[str, Any]], device: torch.device) -> None:
         runs = [list(run) for _, run in groupby(group_of_row, key=id)]
         self.groups = [run[0] for run in runs]
-        self._group_of_row = torch.tensor([i for i, run in enumerate(runs) for _ in run], device="cpu")
+        self._group_of_row = [i for i, run in enumerate(runs) for _ in run]
+        self._by_row = torch.tensor(self._group_of_row, dtype=torch.int64, device="cpu")
         self.values = torch.zeros(
             (len(group_of_row), len(RowSettings._fields)), dtype=wide_dtype(device), device=device
         )
@@ -43,7 +44,7 @@ class RowTable:
         rows = [RowSettings.of(group) for group in self.groups]
         if rows != self._written or self.rates:
             of_groups = torch.tensor(rows, dtype=self.values.dtype, device="cpu")
-            values = of_groups.index_select(0, self._group_of_row)
+            values = of_groups.index_select(0, self._by_row)
             if self.values.is_cuda and has_memory(values):
                 values = values.pin_memory()  # else the copy would wait for the device
             self.values.copy_(values, non_blocking=True)
@@ -58,10 +59,11 @@ class RowTable:
             return
         self._rated = rated
         place = count()
-        places = [next(place) if is_rated else -1 for is_rated in rated]
-        rate_of_row = torch.tensor(places, device="cpu").index_select(0, self._group_of_row)
-        rows = torch.nonzero(rate_of_row >= 0).flatten()
-        self._rows, self._rate_of_row = rows.to(self.values.device), rate_of_row[rows].to(self.values.device)
+        rate_of_group = [next(place) if is_rated else -1 for is_rated in rated]
+        rows = [row for row, group in enumerate(self._group_of_row) if rated[group]]
+        rates = [rate_of_group[self._group_of_row[row]] for row in rows]
+        self._rows = torch.tensor(rows, dtype=torch.int64, device=self.values.device)
+        self._rate_of_row = torch.tensor(rates, dtype=torch.int64, device=self.values.device)
 
     def take_in_rates(self) -> Tensor:
         """Copies the learning rates that are tensors into the table, on the device.
