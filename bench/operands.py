@@ -27,13 +27,23 @@ class Operands:
         for param in self.params:
             members.append(Member(param, GROUP, index))
             index += param.numel()
-        self.count = index
+        self.count, self.times = index, 1
         self.bucket = Bucket(members, [{} for _ in members], backend)
         # As after a Hessian step: without one D and its bias correction are 0, and the weights would be NaN.
         self.bucket.counts.fill_(1)
         self.bucket.exp_hessian.uniform_()
         self.operators = self.bucket.operators
         self.norm = torch.ones((), dtype=torch.float64, device=device)
+
+    def go_over_each(self, times: int) -> None:
+        """From now on a call goes over the memory of each tensor several times in a row."""
+        b = self.bucket
+        often = [i for i in range(len(self.params)) for _ in range(times)]
+        self.params, self.grads, b.offsets, b.rows = (
+            [values[i] for i in often] for values in (self.params, self.grads, b.offsets, b.rows)
+        )
+        b.layouts = b.layouts[often]
+        self.count, self.times = self.count * times, self.times * times
 
     def normal(self) -> list[Tensor]:
         return [torch.randn(shape, dtype=self.dtype, device=self.device) for shape in self.shapes]
