@@ -48,6 +48,7 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
     return torch.rand(16, 1, 28, 28, generator=generator), torch.randint(0, 10, (16,), generator=generator)
 
 
+@pytest.mark.untraced  # a minute of kernels that other tests trace
 @pytest.mark.parametrize("options", [{}, {"adaptive": True, "hessian_samples": 2, "weight_decay": 0.01}], ids=str)
 @pytest.mark.parametrize("backend", [pytest.param("triton", marks=marks_of("triton"))])
 def test_every_step_of_the_demos_model_ends_within_4_ulp_of_that_on_the_cpu(

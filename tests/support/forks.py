@@ -6,6 +6,7 @@ run. What has to be there from the start, as a preloaded library, takes a proces
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -25,8 +26,9 @@ class Forks:
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             cwd=ROOT,
-            # In CI the examples are the same in every run, and none is kept. No thread may run before a fork.
-            env=inherited | {"CI": "1", "OMP_NUM_THREADS": "1"},
+            # In CI the examples are the same in every run, and none is kept. No thread may run before a fork. The
+            # plugins that pytest would find installed take longer than a test.
+            env=inherited | {"CI": "1", "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -74,6 +76,7 @@ def main() -> None:
     import tests.support.checks  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # or each fork would look through all of torch as it ends
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         child = os.fork()
@@ -81,6 +84,7 @@ def main() -> None:
             _child(json.loads(line))
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+    gc.unfreeze()
 
 
 if __name__ == "__main__":

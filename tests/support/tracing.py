@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import pytest
 
-# Those that run what is not Python, or an interpreter of it; and of Triton's kernels, run as Python, these files do.
-_UNTRACED = {"cuda_emulated", "cuda_ptx", "triton_ptx", "triton"}
+# Those that run what is not Python, or an interpreter of it.
+_UNTRACED = {"cuda_emulated", "cuda_ptx", "triton_ptx"}
+# Of Triton's kernels, run as Python, these files are enough.
 _TRACED = {"test_guards.py", "test_schemas.py", "test_triton.py"}
 # Here it would be pip that is traced.
 _INSTALLING = {"test_packaging.py", "test_wheel.py"}
 
 
 def _is_traced(item: pytest.Item) -> bool:
-    if item.path.name in _TRACED:
-        return True
-    if item.path.name in _INSTALLING:
-        return False
     backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")  # type: ignore[attr-defined]
-    return item.path.parent.name != "machine" and backend not in _UNTRACED
+    if item.path.name in _INSTALLING or backend in _UNTRACED:
+        return False
+    return item.path.name in _TRACED or (item.path.parent.name != "machine" and backend != "triton")
 
 
 # Before pytest chooses by marks.
