@@ -7,16 +7,16 @@ float32: results are then as close to the formulas, but not the same bits as els
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .bias_correction import bias_correction
 from .checks import BIAS_CORRECTIONS, check_gradients
 from .fused_multiply_add import fma, nearest_float32
-from .layout import check_layouts, lacks_float64, state_dtype, view_of, wide_dtype
+from .layout import check_layouts, state_dtype, view_of, wide_dtype
 from .power import raised
 from .settings import RowSettings, settings_of
 
@@ -153,6 +153,10 @@ def _parts(x: Tensor | float, dtype: torch.dtype) -> _Parts:
     return _Parts(nearest, nearest_float32(x - nearest))
 
 
+def _parts_of_each(x: Tensor, dtype: torch.dtype) -> list[_Parts]:
+    return [_parts(element, dtype) for element in x.unbind()]
+
+
 def _average(mean: Tensor, beta: _Parts, x: Tensor, weight: _Parts) -> Tensor:
     """beta mean + weight x"""
     if mean.dtype == torch.float64:
@@ -170,14 +174,6 @@ def _moved(w: Tensor, direction: Tensor, decay: _Parts, step_size: _Parts) -> Te
         return w * decay.high - step_size.high * direction
     rest = fma(w, decay.low, -(direction * step_size.low))
     return fma(w, decay.high, fma(direction, -step_size.high, rest))
-
-
-def _correction(beta: float, count: Tensor) -> Tensor:
-    """1 - beta^count"""
-    if not lacks_float64(count.device):
-        return 1 - torch.pow(beta, count.double())
-    # In float32 the difference would be off by the rounding of 1, which is much of it at first.
-    return -torch.expm1(count.float() * math.log(beta)) if beta > 0 else torch.ones_like(count, dtype=torch.float32)
 
 
 def update_(
@@ -219,32 +215,33 @@ def update_(
     beta1, beta2 = _parts(shared.beta1, dtype), _parts(shared.beta2, dtype)
     gradient_weight = _parts(-(1 - shared.beta1) if shared.maximize else 1 - shared.beta1, dtype)
     hessian_weight = _parts(1 - shared.beta2, dtype)
+    if not params:
+        skipped.copy_(~finite)
+        return
     changes: list[tuple[Tensor, Tensor]] = [(skipped, ~finite)]
-    for i, (w, g, offset, row) in enumerate(zip(params, grads, offsets, rows, strict=True)):
-        lr, weight_decay, _ = per_row[row].unbind()
-        counts = steps[row]
-        step = counts[0] + 1
-        hessian_step = counts[1]
-        if products:
-            hessian_step = step if kind == "step" else hessian_step + 1
-        if kind == "none":
-            c1 = c2 = torch.ones_like(lr)
-        else:
-            c1, c2 = _correction(shared.beta1, step), _correction(shared.beta2, hessian_step)
-
+    counts, own = (torch.stack([table[row] for row in rows]) for table in (steps, per_row))
+    step, hessian_step = counts[:, 0] + 1, counts[:, 1]
+    if products:
+        hessian_step = step if kind == "step" else hessian_step + 1
+    lr, weight_decay, _ = own.unbind(1)
+    c1 = c2 = torch.ones_like(lr)
+    if kind != "none":
+        c1, c2 = bias_correction(shared.beta1, step), bias_correction(shared.beta2, hessian_step)
+    decays, step_sizes, inverses = (_parts_of_each(x, dtype) for x in (1 - lr * weight_decay, lr / c1, 1 / c2))
+    for i, (w, g, offset) in enumerate(zip(params, grads, offsets, strict=True)):
         average, hessian = (view_of(flat, offset, w) for flat in (exp_avg, exp_hessian))
         old = w if backup is None else view_of(backup, offset, w)
         new_average = _average(average, beta1, g.to(dtype), gradient_weight)
         new_hessian = hessian
         if products:
             new_hessian = _average(hessian, beta2, products[i].to(dtype).abs(), hessian_weight)
-        root = _raise(_times(new_hessian, _parts(1 / c2, dtype)), shared.hessian_power)
+        root = _raise(_times(new_hessian, inverses[i]), shared.hessian_power)
         direction = new_average / (root + _parts(shared.eps, dtype).high)
-        new = _moved(old.to(dtype), direction, _parts(1 - lr * weight_decay, dtype), _parts(lr / c1, dtype))
+        new = _moved(old.to(dtype), direction, decays[i], step_sizes[i])
         changes += [
             (w, torch.where(finite, new.to(w.dtype), old)),
             (average, torch.where(finite, new_average, average)),
-            (counts, torch.where(finite, torch.stack([step, hessian_step]), counts)),
+            (steps[rows[i]], torch.where(finite, torch.stack([step[i], hessian_step[i]]), counts[i])),
         ]
         if products:
             changes.append((hessian, torch.where(finite, new_hessian, hessian)))

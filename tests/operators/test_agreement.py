@@ -54,13 +54,21 @@ def test_backends_update_to_the_same_bits(
     assert_same_case(*(update(name, case, hyper, hessian) for name in (backend, BASELINE)))
 
 
+@each_backend_with(without=[BASELINE], betas=((0.9, 0.999), (0.95, 0.99), (0.0, 0.99999)))
+def test_backends_correct_the_bias_by_the_same_bits(backend: str, betas: tuple[float, float]) -> None:
+    # Of float64 weights that are 0, every bit of the corrections shows.
+    case = listed_case(backend, torch.float64, "many tensors").to("cpu")
+    case.backup.zero_()
+    case.steps[:] = 10 ** (torch.rand(case.steps.shape, generator=torch.Generator().manual_seed(0)) * 9)
+    case.steps[::2] %= 5_000
+    hyper = {**HYPER, "hessian_power": 1.0, "betas": betas, "bias_correction": "update"}
+    assert_same_case(*(update(name, case, hyper, True) for name in (backend, BASELINE)))
+
+
 @each_backend_with(without=[BASELINE, "cpu"], power=EXACT_POWERS)
 def test_compiled_backends_update_float64_to_the_same_bits(backend: str, power: float) -> None:
-    # Bias corrections enter here without being rounded to float32: they too must be the same on every platform.
-    case = listed_case(backend, torch.float64, "57 tensors").to("cpu")
-    case.steps[:] = 10 ** (torch.rand(case.steps.shape, generator=torch.Generator().manual_seed(0)) * 9)
-    hyper = {**HYPER, "hessian_power": power, "betas": (0.9, 0.99999)}
-    assert_same_case(*(update(name, case, hyper, True) for name in (backend, "cpu")))
+    case = listed_case(backend, torch.float64, "57 tensors")
+    assert_same_case(*(update(name, case, {**HYPER, "hessian_power": power}, True) for name in (backend, "cpu")))
 
 
 @each_backend_with(without=[BASELINE], sample=(0, 1, 2), specs=SAME_BITS_LISTS, dtype=DTYPES)
