@@ -18,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
+from .interrupts import uninterrupted
+
 NO_GRAPH = (
     "this is a Hessian step, and the gradients carry no graph to differentiate a second time. Ways out: run the second "
     "pass within opt.hessian_pass(), or call loss.backward(create_graph=opt.hessian_due) in it; or give step() a "
@@ -113,6 +115,17 @@ class _Block:
     """Lives as long as a block, whose end Ctrl-C may cut off anywhere."""
 
 
+class _NoWeights:
+    """What uninterrupted() is told where no weights are moved."""
+
+    perturbed = False
+
+    def back_at_w(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+_no_weights = _NoWeights()
+
 # Both settings are the process's: the first block to come makes them, the last to go, of any thread, undoes them, or
 # the next one, should Ctrl-C come just then. A thread that was interrupted within the lock may take it once more.
 _settings, _lock = ExitStack(), threading.RLock()
@@ -129,21 +142,22 @@ def _leave() -> None:
 def twice_differentiable() -> Iterator[None]:
     """Attention by torch's own arithmetic, and compiled models as written: both can be differentiated twice."""
     block = _Block()
-    weakref.finalize(block, _leave)
-    with _lock:
-        if not _inside:
-            _settings.close()
-            _settings.enter_context(sdpa_kernel(SDPBackend.MATH))
-            # Only where somebody has compiled something: the first import of torch._dynamo takes seconds.
-            if "torch._dynamo" in sys.modules:
-                _settings.enter_context(torch.compiler.set_stance("force_eager"))
-        _inside.add(block)
+    at_last = weakref.finalize(block, _leave)
     try:
+        with uninterrupted(_no_weights), _lock:
+            if not _inside:
+                _settings.close()
+                _settings.enter_context(sdpa_kernel(SDPBackend.MATH))
+                # Only where somebody has compiled something: the first import of torch._dynamo takes seconds.
+                if "torch._dynamo" in sys.modules:
+                    _settings.enter_context(torch.compiler.set_stance("force_eager"))
+            _inside.add(block)
         yield
     finally:
-        _inside.discard(block)
-        del block
-        _leave()
+        with uninterrupted(_no_weights):
+            _inside.discard(block)
+            _leave()
+            at_last.detach()  # in which Ctrl-C would be lost
 
 
 @contextmanager

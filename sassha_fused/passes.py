@@ -64,6 +64,7 @@ def _perturb(selection: Selection, norm: Tensor, measure: bool) -> None:
     )
 
 
+@torch.no_grad()  # Ctrl-C may come just as a pass turns gradients on
 def put_back(selections: Sequence[Selection]) -> None:
     """w' -> w, bit for bit."""
     for selection in selections:

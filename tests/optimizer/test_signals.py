@@ -21,9 +21,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import sassha_fused
 from sassha_fused.interrupts import uninterrupted
 from tests.support.kinds import assert_clean
+from tests.support.lines import Line, signal_at, tracing
 from tests.support.problems import STYLES, Problem, assert_differ, assert_same, backward, undisturbed, weights
 
 pytestmark = pytest.mark.slow  # at every line of the package, in every style
@@ -93,39 +93,6 @@ def test_steps_run_in_other_threads_too() -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # At every line
-
-PACKAGE = os.path.dirname(sassha_fused.__file__)
-Line = tuple[str, int]
-
-
-@contextlib.contextmanager
-def tracing(visit: Callable[[Line], None]) -> Iterator[None]:
-    """Calls visit before every line of the package that is run."""
-
-    def trace(frame: FrameType, event: str, argument: object) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        if event == "line":
-            visit((os.path.relpath(frame.f_code.co_filename, PACKAGE), frame.f_lineno))
-        return trace
-
-    previous = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(previous)
-
-
-def signal_at(line: Line, reached: list[Line], number: int = signal.SIGINT) -> Callable[[Line], None]:
-    """The signal when this line is reached for the first time."""
-
-    def visit(now: Line) -> None:
-        if now == line and not reached:
-            reached.append(now)
-            signal.raise_signal(number)
-
-    return visit
 
 
 class Alternating(Problem):
@@ -241,6 +208,42 @@ def test_ctrl_c_at_any_line_of_the_package_takes_a_whole_step_or_none(way: str) 
         goes_on(problem, trajectory)
 
     disturbed_at_every_line(way, signal.SIGINT, check)
+
+
+def every_visit(folder: str, run: Callable[[Problem], Any]) -> Iterator[Callable[[Line], None]]:
+    """Ctrl-C at each line of a folder that run comes to, as often as it does."""
+    lines: list[Line] = []
+    problem = Alternating()
+    with tracing(lines.append, folder):
+        run(problem)
+    assert len(lines) > 10
+    for last in range(len(lines)):
+        left = iter(range(last, -1, -1))
+        yield lambda line, left=left: signal.raise_signal(signal.SIGINT) if next(left, 1) == 0 else None
+
+
+def test_ctrl_c_as_torch_switches_attention_is_not_lost_and_leaves_it_switched_back() -> None:
+    folder = os.path.dirname(torch.nn.attention.__file__)
+    for visit in every_visit(folder, lambda problem: problem.train(1)):
+        problem = Alternating()
+        with pytest.raises(KeyboardInterrupt), tracing(visit, folder):
+            problem.train(1)
+        assert_clean(())
+
+
+@pytest.mark.parametrize("style", ["closure", "phase"])
+def test_ctrl_c_as_torch_switches_gradients_on_or_off_takes_a_whole_step_or_none(style: str) -> None:
+    file = torch.autograd.grad_mode.__file__
+    trajectory = [undisturbed(Alternating, "cpu", t) for t in range(4)]
+    for visit in every_visit(file, lambda problem: problem.train(2, style)):
+        problem = Alternating()
+        try:
+            with pytest.raises(KeyboardInterrupt), tracing(visit, file):
+                problem.train(2, style)
+        finally:
+            torch.set_grad_enabled(True)  # torch's own switch may stay where it was just put
+        problem.opt.restore()
+        steps_taken(problem.params, trajectory)
 
 
 @pytest.mark.parametrize("way", ["phase", "restored", "given up"])
