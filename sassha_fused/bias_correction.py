@@ -18,7 +18,7 @@ from .layout import lacks_float64
 _SPLITTER = 2.0**27 + 1.0
 
 # Powers below are lost beside 1.
-_NEGLIGIBLE = 1e-100
+_NEGLIGIBLE = 2.0**-60
 
 
 def bias_correction(beta: float, count: Tensor) -> Tensor:

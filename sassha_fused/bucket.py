@@ -78,11 +78,11 @@ class Bucket:
         return torch.zeros(len(self.exp_avg), dtype=self.dtype, device=self.device)
 
     def take_in_groups(self) -> bool:
-        """Learns what its groups say now; whether they still share their Settings."""
-        shared = list(map(shared_of, self.table.groups))
-        if shared.count(shared[0]) < len(shared):
+        """Learns what its groups say now; whether they still share their Settings, and count as they did."""
+        shared, settings = list(map(shared_of, self.table.groups)), Settings.of(self.table.groups[0])
+        if shared.count(shared[0]) < len(shared) or settings.bias_correction != self.settings.bias_correction:
             return False
-        self.settings = Settings.of(self.table.groups[0])
+        self.settings = settings
         self.table.write()
         return True
 

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .checks import check_groups, check_same_corrections
+from .accepted_groups import in_own_types
+from .checks import check_groups
 from .counts import Counts
 from .parameter_state import STATES
 
@@ -24,9 +25,6 @@ def check_and_protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[
     """Refuses a state that is of another kind or of other parameters; wraps each against a change of dtype."""
     groups = [{**optimizer.defaults, **group} for group in state_dict["param_groups"]]
     check_groups(groups)
-    if optimizer.state:
-        own, given = ([group["bias_correction"] for group in these] for these in (optimizer.param_groups, groups))
-        check_same_corrections(own, given)
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     params = [param for group in optimizer.param_groups for param in group["params"]]
     shapes = {key: param.shape for key, param in zip(keys, params, strict=False)}
@@ -51,9 +49,13 @@ def with_plain_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[
 
 
 def publish_counts(groups: list[dict[str, Any]], counts: Counts) -> None:
-    """Writes the optimizer's own counts into the groups, where torch's state_dict has a place for them."""
+    """Writes the optimizer's own counts into the groups, where torch's state_dict has a place for them.
+
+    Hyperparameters that somebody has edited and no step has accepted become numbers that torch.load reads.
+    """
     counts.catch_up()
     for group in groups:
+        in_own_types(group)
         group["steps"] = counts.steps
         group["hessian_evaluations"] = counts.evaluations
         group["skipped_steps"] = counts.skipped

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import zip_longest
 from numbers import Integral, Real
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -96,11 +95,14 @@ def check_hyperparameters(group: dict[str, Any], wait: bool = True, accepted: di
         wait: whether a learning rate that is a tensor is waited for, on its device.
         accepted: the group as it was checked before; what is still the same object is not checked again.
     """
-    if accepted is None or isinstance(group["lr"], Tensor) or group["lr"] is not accepted["lr"]:
-        _check_lr(group["lr"], wait)
-    for name, check in _CHECKS.items():
-        if accepted is None or group[name] is not accepted[name]:
-            check(name, group[name])
+    try:
+        if accepted is None or isinstance(group["lr"], Tensor) or group["lr"] is not accepted["lr"]:
+            _check_lr(group["lr"], wait)
+        for name, check in _CHECKS.items():
+            if accepted is None or group[name] is not accepted[name]:
+                check(name, group[name])
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]} is missing in a parameter group: put it back") from None
 
 
 def check_groups(
@@ -117,65 +119,9 @@ def check_groups(
                 )
 
 
-_NUMBERS = ("lr", "eps", "weight_decay", "rho", "hessian_power")
-lr_of = itemgetter("lr")
-
-
 def is_single(groups: Sequence[dict[str, Any]]) -> bool:
     """Whether a step has but one pass: w' is w where rho is 0 in every group."""
     return not any(group["rho"] > 0 for group in groups)
-
-
-class AcceptedGroups:
-    """The groups as they were when they were last checked.
-
-    Attributes:
-        groups: copies of them.
-        rates: their learning rates, of which another tensor is an edit even where it is equal now.
-        single: whether a step has but one pass.
-    """
-
-    def __init__(self) -> None:
-        self.groups: list[dict[str, Any]] = []
-        self.rates: list[Any] = []
-        self.single = False
-        self._corrections: list[str] = []
-
-    def forget(self) -> None:
-        """The groups count as edited."""
-        self.groups, self.rates = [], []
-
-    def accept(self, groups: Sequence[dict[str, Any]], has_state: bool) -> None:
-        """Accepts the groups as they are; raises TypeError or ValueError, and accepts nothing, where one is wrong."""
-        check_groups(groups, wait=False, accepted=self.groups)
-        corrections = [group["bias_correction"] for group in groups]
-        if has_state:
-            check_same_corrections(self._corrections, corrections)
-        for group in groups:
-            _in_own_types(group)
-        self.groups, self.rates = list(map(dict, groups)), list(map(lr_of, groups))
-        self._corrections = corrections
-        self.single = is_single(groups)
-
-
-def check_same_corrections(before: Sequence[str], now: Sequence[str]) -> None:
-    """ValueError where a group's state was counted for another bias correction."""
-    for old, new in zip(before, now, strict=False):
-        if old != new:
-            raise ValueError(
-                f"bias_correction cannot change from {old!r} to {new!r} once there is state, whose hessian_step counts "
-                "what it says: make a new optimizer with it"
-            )
-
-
-def _in_own_types(group: dict[str, Any]) -> None:
-    """Numbers and sequences of whatever library become Python's own, which a state_dict can hold safely."""
-    for name in _NUMBERS:
-        if not isinstance(group[name], Tensor) and type(group[name]) not in (int, float):
-            group[name] = float(group[name])
-    for name in SHARED:
-        group[name] = int(group[name])
-    group["betas"] = tuple(map(float, group["betas"]))
 
 
 def check_parameter(param: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .bucket import Bucket, Member, telling_of
-from .checks import check_gradients, check_parameter
+from .checks import BIAS_CORRECTIONS, check_gradients, check_parameter
 from .parameter_state import States, complete_state
 from .settings import Settings
 
@@ -166,8 +166,8 @@ class FlatState:
             return
         if not movable:
             raise ValueError(
-                "betas, eps, hessian_power, adaptive, maximize or bias_correction of some groups but not of others was "
-                "edited between perturb() and step(): edit groups before perturb() or after step()"
+                "bias_correction, or betas, eps, hessian_power, adaptive or maximize of some groups but not of others, "
+                "was edited between perturb() and step(): edit groups before perturb() or after step()"
             )
         self.forget()
 
@@ -205,9 +205,11 @@ class FlatState:
 
         Raises:
             ValueError: the first gradient of a parameter is sparse or of another shape, dtype or device; or an entry of
-                states that someone has edited is incomplete or of another shape than its parameter.
+                states that someone has edited is incomplete or of another shape than its parameter; or the group of a
+                parameter that has state has another bias correction than before.
         """
         known = {p: row not in b.without_hessian for b in self.buckets for row, p in enumerate(b.params)}
+        corrections = {p: b.settings.bias_correction for b in self.buckets for p in b.params}
         edited = states.edits.made
         made: list[Bucket] = []
         stateless: list[Tensor] = []
@@ -216,6 +218,8 @@ class FlatState:
         for bucket in made:
             for row, param in enumerate(bucket.params):
                 old = complete_state(states, param)
+                if old:
+                    _check_same_correction(corrections.get(param), bucket.settings.bias_correction)
                 # Read from the state only where no bucket knows: a device's counts would have to be waited for.
                 had = known.get(param) if not edited else None
                 if old and (int(old["hessian_step"]) > 0 if had is None else had):
@@ -230,6 +234,15 @@ class FlatState:
         self._last = {}
         states.lay_out({p: bucket.state_of(row) for bucket in made for row, p in enumerate(bucket.params)})
         self.laid_out = True
+
+
+def _check_same_correction(old: float | None, new: float) -> None:
+    if old is not None and old != new:
+        before, now = (BIAS_CORRECTIONS[int(index)] for index in (old, new))
+        raise ValueError(
+            f"bias_correction cannot change from {before!r} to {now!r} for a parameter that has state, whose "
+            "hessian_step counts what it says: make a new optimizer with it"
+        )
 
 
 def _members(groups: Groups, states: States, stateless: list[Tensor]) -> Iterable[Sequence[Member]]:

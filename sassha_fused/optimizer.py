@@ -261,7 +261,8 @@ class FusedOptimizer(Optimizer):
         """
         step = self._run.step
         if step is not None and step.weights_were_written():
-            step.end_keeping_weights()
+            with self._run.uninterrupted:
+                step.end()
         self._leave_step("load_state_dict()")
         # Registered last, so that it sees what the user's hooks made of the state_dict.
         handle = self.register_load_state_dict_pre_hook(check_and_protect)

@@ -43,6 +43,7 @@ class RowTable:
         # was one, the table has its value, which nobody knows here.
         rows = [RowSettings.of(group) for group in self.groups]
         if rows != self._written or self.rates:
+            self._written = []  # until all is done: somebody may interrupt
             of_groups = torch.tensor(rows, dtype=self.values.dtype, device="cpu")
             values = of_groups.index_select(0, self._by_row)
             if self.values.is_cuda and has_memory(values):
@@ -57,25 +58,26 @@ class RowTable:
         # Only where others are rated now: CUDA graphs go on reading these two.
         if rated == self._rated:
             return
-        self._rated = rated
+        self._rated = []
         place = count()
         rate_of_group = [next(place) if is_rated else -1 for is_rated in rated]
         rows = [row for row, group in enumerate(self._group_of_row) if rated[group]]
         rates = [rate_of_group[self._group_of_row[row]] for row in rows]
         self._rows = torch.tensor(rows, dtype=torch.int64, device=self.values.device)
         self._rate_of_row = torch.tensor(rates, dtype=torch.int64, device=self.values.device)
+        self._rated = rated
 
     def take_in_rates(self) -> Tensor:
         """Copies the learning rates that are tensors into the table, on the device.
 
         Returns:
-            A 0-d tensor that is not finite where one of them is not.
+            A 0-d tensor that is not finite where one of them is negative or not finite.
         """
         device, column = self.values.device, self.values.select(1, _LR)
         if all(self._rated) and all(lr is self.rates[0] for lr in self.rates):
             rate = sent(device, self.rates[0].detach().reshape(())).to(self.values.dtype)
             column.copy_(rate)
-            return rate
+            return rate.sqrt()
         rates = torch.cat([sent(device, lr.detach().reshape(1)) for lr in self.rates]).to(self.values.dtype)
         column.index_copy_(0, self._rows, rates.index_select(0, self._rate_of_row))
-        return rates.sum()
+        return rates.sqrt().sum()

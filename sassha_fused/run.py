@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .checks import AcceptedGroups, is_single
+from .accepted_groups import AcceptedGroups
+from .checks import is_single
 from .counts import Counts
 from .flat import FlatState, Groups
 from .gradients import of_groups
@@ -60,8 +61,8 @@ class Run:
         Raises:
             TypeError, ValueError: a hyperparameter is refused.
         """
-        self.accepted.accept(groups, has_state=bool(self.flat.buckets))
         try:
+            self.accepted.accept(groups)
             self.flat.take_in_groups(groups, movable)
         except BaseException:
             self.accepted.forget()  # so that nobody takes them for accepted

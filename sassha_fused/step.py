@@ -6,13 +6,14 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
+from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor
 
 from . import passes
-from .checks import lr_of
+from .accepted_groups import lr_of, values_of
 from .counts import StepTaken
 from .curvature.of_step import Curvature, at_w_prime, release_graphs, take_products
 from .flat import Groups, Selection, with_gradients
@@ -26,8 +27,13 @@ _grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
 def accept_edited(run: Run, groups: Groups, movable: bool) -> None:
     """Checks and takes in groups that somebody has edited; movable: whether the state may be laid out anew."""
     known, edited = run.accepted, True
-    with suppress(RuntimeError, ValueError):  # of a tensor or an array that somebody has put there: no one truth value
-        edited = not all(map(is_, map(lr_of, groups), known.rates)) or groups != known.groups
+    with suppress(KeyError, RuntimeError, ValueError):  # where one is gone, or is a tensor without one truth value
+        values = list(map(values_of, groups))
+        if movable:
+            ones, others = map(chain.from_iterable, (values, known.values))
+            edited = len(values) != len(known.values) or not all(map(is_, ones, others))
+        else:  # in half the time: what equals what a first look has accepted may wait for that of the next step
+            edited = not all(map(is_, map(lr_of, groups), known.rates)) or values != known.values
     if edited:
         run.accept(groups, movable)
 
@@ -254,11 +260,6 @@ class Step:
                 "the closure has ended or begun a step of its own optimizer: leave perturb(), restore(), step() and "
                 "load_state_dict() out of it"
             )
-
-    def end_keeping_weights(self) -> None:
-        """The step is over, and the weights stay as they are."""
-        with self._run.uninterrupted:
-            self.end()
 
     def end(self) -> None:
         """The step is over, wherever the weights are."""

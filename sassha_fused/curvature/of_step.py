@@ -112,11 +112,9 @@ class Curvature:
                 if SOURCES[self._run.hvp].needs_graph:
                     self._refuse_lost_graphs(selections)
                 self.number_evaluation()
-                first = self._groups[0]
+                samples, seed = (int(self._groups[0][name]) for name in ("hessian_samples", "seed"))
                 with passes.explaining_refusals(selections), twice_differentiable():
-                    products = estimate(
-                        SOURCES[self._run.hvp], selections, first["hessian_samples"], first["seed"], keep_graph
-                    )
+                    products = estimate(SOURCES[self._run.hvp], selections, samples, seed, keep_graph)
             self.products, self.taken = products, True
             self.end()
             self._took_part = [selection.with_grads(()) for selection in selections]

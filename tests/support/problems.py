@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sassha_fused import Sassha
+from sassha_fused.bucket import Bucket
 from tests.support.cases import threads
 
 BACKENDS = ("cpu", "eager")
@@ -209,3 +210,31 @@ def assert_differ(actual: list[Tensor], other: list[Tensor]) -> None:
     """No tensor of one list equals its partner: guards a test against a step that does nothing."""
     for i, (a, b) in enumerate(zip(actual, other, strict=True)):
         assert not torch.equal(a, b), f"tensor {i} did not change"
+
+
+class ManyGroups:
+    """Parameters in groups with options of their own, and a loss that ties them together."""
+
+    def __init__(self, options: list[dict[str, Any]], backend: str = "cpu", **shared: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.params = [nn.Parameter(torch.randn(3, i + 1, generator=generator) / 2) for i in range(len(options))]
+        groups = [{"params": [param], **own} for param, own in zip(self.params, options)]
+        self.opt = Sassha(groups, **{"lr": 0.03, "hessian_interval": 3, "backend": backend, **shared})
+
+    def loss(self) -> Tensor:
+        rows = torch.stack([param.sum(1) for param in self.params]).sum(0)
+        return (rows - 1).square().sum() + sum((param**4).sum() for param in self.params)
+
+    def train(self, count: int, style: str = "closure") -> ManyGroups:
+        for _ in range(count):
+            self.opt.zero_grad()
+            ALL_STYLES[style](self.opt, self.loss)
+        return self
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        return self.opt._run.flat.buckets
+
+    def everything(self) -> list[Any]:
+        state = self.opt.state_dict()["state"]
+        return [weights(self.params), state]

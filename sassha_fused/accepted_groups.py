@@ -1,0 +1,67 @@
+"""What the parameter groups said when they were last checked; what was edited since is checked before it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from operator import itemgetter
+from typing import Any
+
+from .checks import SHARED, check_groups, is_single
+
+_NUMBERS = ("lr", "eps", "weight_decay", "rho", "hessian_power")
+values_of = itemgetter(*_NUMBERS, "betas", "adaptive", "maximize", "bias_correction", *SHARED)
+lr_of = itemgetter("lr")
+
+
+class AcceptedGroups:
+    """The groups as they were accepted.
+
+    Attributes:
+        groups: copies of them.
+        values: the hyperparameters of each; whoever edits a group, a scheduler for one, puts another object there.
+        rates: their learning rates.
+        single: whether a step has but one pass.
+    """
+
+    def __init__(self) -> None:
+        self.single = False
+        self.forget()
+
+    def forget(self) -> None:
+        """The groups count as edited."""
+        self.values: list[tuple[Any, ...]] = []
+        self.groups: list[dict[str, Any]] = []
+        self.rates: list[Any] = []
+
+    def accept(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Accepts the groups as they are.
+
+        Raises:
+            TypeError, ValueError: one is wrong; none is accepted.
+        """
+        check_groups(groups, wait=False, accepted=self.groups)
+        for group in groups:
+            in_own_types(group)
+        self.single = is_single(groups)
+        self.groups = list(map(dict, groups))
+        self.rates = list(map(lr_of, groups))
+        self.values = list(map(values_of, groups))
+
+
+def in_own_types(group: dict[str, Any]) -> None:
+    """Numbers and sequences of whatever library become Python's own, which torch.load reads with weights_only.
+
+    What is none of these, and so not accepted, stays.
+    """
+    for name in _NUMBERS:
+        group[name] = _own(group[name], Real, float)
+    for name in SHARED:
+        group[name] = _own(group[name], Integral, int)
+    betas = group["betas"]
+    if isinstance(betas, Sequence) and not (type(betas) is tuple and all(type(beta) is float for beta in betas)):
+        group["betas"] = tuple(_own(beta, Real, float) for beta in betas)
+
+
+def _own(value: Any, kind: type, own: Callable[[Any], Any]) -> Any:
+    return value if type(value) in (int, float, bool) or not isinstance(value, kind) else own(value)
