@@ -48,7 +48,8 @@ class Sassha(FusedOptimizer):
     Args:
         params: parameters or dicts of parameter groups; float64, float32, bfloat16 or float16, dense, real. State is
             float64 for float64 parameters, else float32.
-        lr: learning rate :math:`\eta`, a float or a tensor of one element.
+        lr: learning rate :math:`\eta`, a float or a tensor of one element. A step that finds a negative or
+            non-finite one in a tensor is skipped.
         betas: :math:`\beta_1, \beta_2` of the gradient's and the Hessian's running averages.
         eps: :math:`\epsilon`, added outside the power. With 0, weights whose Hessian is 0 are divided by 0.
         weight_decay: decoupled weight decay :math:`\lambda`.
