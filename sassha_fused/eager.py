@@ -7,7 +7,7 @@ float32: results are then as close to the formulas, but not the same bits as els
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from .power import raised
 from .settings import RowSettings, settings_of
 
 _WORD = 0xFFFFFFFF
+_PIECE = 1 << 16  # elements
 
 
 def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor], layouts: Tensor | None, adaptive: bool) -> Tensor:
@@ -176,6 +177,15 @@ def _moved(w: Tensor, direction: Tensor, decay: _Parts, step_size: _Parts) -> Te
     return fma(w, decay.high, fma(direction, -step_size.high, rest))
 
 
+def _pieces(*tensors: Tensor) -> Iterable[Sequence[Tensor]]:
+    """On a CPU stretches of rows whose temporaries stay in the caches; elsewhere launches are what counts."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.numel() <= _PIECE:
+        return [tensors]
+    rows = max(1, _PIECE * len(first) // first.numel())
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
 def update_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -231,20 +241,20 @@ def update_(
     for i, (w, g, offset) in enumerate(zip(params, grads, offsets, strict=True)):
         average, hessian = (view_of(flat, offset, w) for flat in (exp_avg, exp_hessian))
         old = w if backup is None else view_of(backup, offset, w)
-        new_average = _average(average, beta1, g.to(dtype), gradient_weight)
-        new_hessian = hessian
-        if products:
-            new_hessian = _average(hessian, beta2, products[i].to(dtype).abs(), hessian_weight)
-        root = _raise(_times(new_hessian, inverses[i]), shared.hessian_power)
-        direction = new_average / (root + _parts(shared.eps, dtype).high)
-        new = _moved(old.to(dtype), direction, decays[i], step_sizes[i])
-        changes += [
-            (w, torch.where(finite, new.to(w.dtype), old)),
-            (average, torch.where(finite, new_average, average)),
-            (steps[rows[i]], torch.where(finite, torch.stack([step[i], hessian_step[i]]), counts[i])),
-        ]
-        if products:
-            changes.append((hessian, torch.where(finite, new_hessian, hessian)))
+        product = products[i] if products else g  # not read where there are none
+        for piece in _pieces(w, old, g, product, average, hessian):
+            target, old, gradient, product, average, hessian = piece
+            new_average = _average(average, beta1, gradient.to(dtype), gradient_weight)
+            new_hessian = hessian
+            if products:
+                new_hessian = _average(hessian, beta2, product.to(dtype).abs(), hessian_weight)
+                changes.append((hessian, torch.where(finite, new_hessian, hessian)))
+            root = _raise(_times(new_hessian, inverses[i]), shared.hessian_power)
+            direction = new_average / (root + _parts(shared.eps, dtype).high)
+            new = _moved(old.to(dtype), direction, decays[i], step_sizes[i])
+            changes.append((target, torch.where(finite, new.to(w.dtype), old)))
+            changes.append((average, torch.where(finite, new_average, average)))
+        changes.append((steps[rows[i]], torch.where(finite, torch.stack([step[i], hessian_step[i]]), counts[i])))
     # Nothing is written before all is worked out: memory may run out above, not below.
     for target, value in changes:
         target.copy_(value)

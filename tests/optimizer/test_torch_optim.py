@@ -1,5 +1,6 @@
 """What torch holds its own optimizers to (its test/test_optim.py), where no other file here has it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -213,14 +214,17 @@ def test_a_large_tensor_is_stepped_as_its_pieces_are(backend: str) -> None:
     assert not torch.equal(whole, values)
 
 
-def test_the_backends_agree_bit_for_bit_on_a_large_tensor() -> None:
+@pytest.mark.parametrize("shape", [(300_001,), (70, 40, 50), (2, 100_000), (3, 64, 30, 30)], ids=str)
+def test_the_backends_agree_bit_for_bit_on_a_large_tensor(shape: tuple[int, ...]) -> None:
     results = []
     for backend in BACKENDS:
-        w = nn.Parameter(torch.linspace(-2, 2, 300_001))
+        w = nn.Parameter(torch.linspace(-2, 2, math.prod(shape)).reshape(shape))
+        if len(shape) == 4:
+            w = nn.Parameter(w.detach().to(memory_format=torch.channels_last))
         opt = Sassha([w], lr=0.01, hessian_interval=2, hessian_samples=2, backend=backend)
         for _ in range(3):
             opt.step(lambda: w.pow(4).mean() * 1000)
-        results.append([w.detach(), opt.state[w]["exp_hessian"]])
+        results.append([w.detach(), opt.state[w]["exp_avg"], opt.state[w]["exp_hessian"]])
     assert_same(*results)
 
 
