@@ -230,7 +230,8 @@ def update_(
         return
     changes: list[tuple[Tensor, Tensor]] = [(skipped, ~finite)]
     counts, own = (torch.stack([table[row] for row in rows]) for table in (steps, per_row))
-    step, hessian_step = counts[:, 0] + 1, counts[:, 1]
+    step, hessian_step = counts.unbind(1)
+    step = step + 1
     if products:
         hessian_step = step if kind == "step" else hessian_step + 1
     lr, weight_decay, _ = own.unbind(1)

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from .interrupts import uninterrupted
+from .interrupts import held_back
 
 NO_GRAPH = (
     "this is a Hessian step, and the gradients carry no graph to differentiate a second time. Ways out: run the second "
@@ -115,17 +115,6 @@ class _Block:
     """Lives as long as a block, whose end Ctrl-C may cut off anywhere."""
 
 
-class _NoWeights:
-    """What uninterrupted() is told where no weights are moved."""
-
-    perturbed = False
-
-    def back_at_w(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-
-_no_weights = _NoWeights()
-
 # Both settings are the process's: the first block to come makes them, the last to go, of any thread, undoes them, or
 # the next one, should Ctrl-C come just then. A thread that was interrupted within the lock may take it once more.
 _settings, _lock = ExitStack(), threading.RLock()
@@ -144,7 +133,7 @@ def twice_differentiable() -> Iterator[None]:
     block = _Block()
     at_last = weakref.finalize(block, _leave)
     try:
-        with uninterrupted(_no_weights), _lock:
+        with held_back(), _lock:
             if not _inside:
                 _settings.close()
                 _settings.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -154,7 +143,7 @@ def twice_differentiable() -> Iterator[None]:
             _inside.add(block)
         yield
     finally:
-        with uninterrupted(_no_weights):
+        with held_back():
             _inside.discard(block)
             _leave()
             at_last.detach()  # in which Ctrl-C would be lost

@@ -39,16 +39,9 @@ _away: weakref.WeakSet[Any] = weakref.WeakSet()
 _waiting: dict[int, Handler] = {}
 
 
-# A class, since a generator under contextmanager costs twice as much in every step.
-class uninterrupted:
-    """Runs the block, a pass of a step, to its end before a signal that arrives meanwhile is handled.
-
-    Where the block has left the weights at w', handlers, which may save a checkpoint, find them at w until a later
-    block brings them back. Ctrl-C as Python handles it, by KeyboardInterrupt, looks at no weights.
-    """
-
-    def __init__(self, weights: Weights) -> None:
-        self._weights = weakref.ref(weights)  # which owns this
+# Classes, since a generator under contextmanager costs twice as much in every step.
+class held_back:
+    """Runs the block to its end before a signal that arrives meanwhile is handled."""
 
     def __enter__(self) -> None:
         self._arrived: dict[int, FrameType | None] = {}
@@ -64,6 +57,27 @@ class uninterrupted:
         self._arrived[number] = frame
 
     def __exit__(self, *_: object) -> None:
+        self._let_go(self._handlers)
+
+    def _let_go(self, handlers: dict[int, Handler]) -> None:
+        _set_all(handlers, handlers)
+        if self._arrived:
+            with ExitStack() as arrived:  # which runs them all, also where one raises
+                for number, frame in reversed(self._arrived.items()):
+                    arrived.callback(handlers[number], number, frame)
+
+
+class uninterrupted(held_back):
+    """The same of a pass of a step, and so not within another.
+
+    Where the block has left the weights at w', handlers, which may save a checkpoint, find them at w until a later
+    block brings them back. Ctrl-C as Python handles it, by KeyboardInterrupt, looks at no weights.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weakref.ref(weights)  # which owns this
+
+    def __exit__(self, *_: object) -> None:
         handlers, own = self._handlers, {}
         if len(handlers) > 1 or signal.default_int_handler not in handlers.values():
             handlers = {number: _waiting.get(number, h) if h is _handle_at_w else h for number, h in handlers.items()}
@@ -74,11 +88,7 @@ class uninterrupted:
             if _away:
                 _waiting.update(own)
                 handlers.update(dict.fromkeys(own, _handle_at_w))
-        _set_all(handlers, handlers)
-        if self._arrived:
-            with ExitStack() as arrived:  # which runs them all, also where one raises
-                for number, frame in reversed(self._arrived.items()):
-                    arrived.callback(handlers[number], number, frame)
+        self._let_go(handlers)
 
 
 def _set_all(handlers: dict[int, Handler], otherwise: dict[int, Handler]) -> None:
