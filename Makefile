@@ -22,7 +22,7 @@ help: ## list the targets
 demo: compiler $(EXTENSION) $(VENV)/.demo ## train a small ResNet on MNIST digits, fused against the plain loop, AdamW and SGD
 	$(VENV)/bin/python -m examples.mnist
 
-check: compiler $(EXTENSION) ## run the quick tests, in under two minutes: backends cpu and eager, nothing marked slow
+check: compiler $(EXTENSION) ## run the quick tests, in two to three minutes: backends cpu and eager, nothing marked slow
 	$(TESTS) -m "not slow and not gpu"
 
 test: compiler $(EXTENSION) ## run all tests, and measure the coverage of those that run Python
