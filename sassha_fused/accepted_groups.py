@@ -11,7 +11,7 @@ from .checks import SHARED, check_groups, is_single
 
 _NUMBERS = ("lr", "eps", "weight_decay", "rho", "hessian_power")
 values_of = itemgetter(*_NUMBERS, "betas", "adaptive", "maximize", "bias_correction", *SHARED)
-lr_of = itemgetter("lr")
+lr_of = itemgetter(0)  # of such values
 
 
 class AcceptedGroups:
@@ -20,7 +20,6 @@ class AcceptedGroups:
     Attributes:
         groups: copies of them.
         values: the hyperparameters of each; whoever edits a group, a scheduler for one, puts another object there.
-        rates: their learning rates.
         single: whether a step has but one pass.
     """
 
@@ -32,7 +31,6 @@ class AcceptedGroups:
         """The groups count as edited."""
         self.values: list[tuple[Any, ...]] = []
         self.groups: list[dict[str, Any]] = []
-        self.rates: list[Any] = []
 
     def accept(self, groups: Sequence[dict[str, Any]]) -> None:
         """Accepts the groups as they are.
@@ -45,20 +43,18 @@ class AcceptedGroups:
             in_own_types(group)
         self.single = is_single(groups)
         self.groups = list(map(dict, groups))
-        self.rates = list(map(lr_of, groups))
         self.values = list(map(values_of, groups))
 
 
 def in_own_types(group: dict[str, Any]) -> None:
     """Numbers and sequences of whatever library become Python's own, which torch.load reads with weights_only.
 
-    What is none of these, and so not accepted, stays.
+    What is none of these, and so not accepted, stays; what is missing too.
     """
-    for name in _NUMBERS:
-        group[name] = _own(group[name], Real, float)
-    for name in SHARED:
-        group[name] = _own(group[name], Integral, int)
-    betas = group["betas"]
+    for names, kind, own in ((_NUMBERS, Real, float), (SHARED, Integral, int)):
+        for name in group.keys() & names:
+            group[name] = _own(group[name], kind, own)
+    betas = group.get("betas")
     if isinstance(betas, Sequence) and not (type(betas) is tuple and all(type(beta) is float for beta in betas)):
         group["betas"] = tuple(_own(beta, Real, float) for beta in betas)
 

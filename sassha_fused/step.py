@@ -33,7 +33,7 @@ def accept_edited(run: Run, groups: Groups, movable: bool) -> None:
             ones, others = map(chain.from_iterable, (values, known.values))
             edited = len(values) != len(known.values) or not all(map(is_, ones, others))
         else:  # in half the time: what equals what a first look has accepted may wait for that of the next step
-            edited = not all(map(is_, map(lr_of, groups), known.rates)) or values != known.values
+            edited = not all(map(is_, map(lr_of, values), map(lr_of, known.values))) or values != known.values
     if edited:
         run.accept(groups, movable)
 
