@@ -65,9 +65,9 @@ AROUND = f"{TABLES}::test_numbers_around_the_tensors_stay_as_they_are[float32]"
 OFFSETS = f"{TABLES}::test_offsets_off_the_boundaries_of_units_are_refused[0-1-perturb_]"
 
 
-def in_range(exponents: str, adaptive: str = "") -> str:
-    """The test of float32 norms of numbers with exponents of this range."""
-    case = f"cuda_emulated in float32-{exponents}-{adaptive}-float32"
+def in_range(numbers: str, adaptive: str = "not adaptive") -> str:
+    """The test of float32 norms of numbers in this range."""
+    case = f"cuda_emulated in float32-{numbers}-{adaptive}-float32"
     return f"{RANGE}::test_norm_is_exact_over_the_range_of_every_dtype[{case}]"
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from tests.support import emulation
 from tests.support.backends import INTERPRETED, marks_of
 from tests.support.calls import norm_of
-from tests.support.cases import DTYPES, each_dtype, place
+from tests.support.cases import DTYPES, place
 from tests.support.lists import shorter
-from tests.support.ways import each_way, summed
+from tests.support.ways import each_way, each_way_with, summed
 
 # Of a sum that takes squares in float64, each of which rounds it, and of one of 59 digits for each thread: relative.
 TOLERANCES = {True: 16 * 2**-53, False: 4 * 2**-53}
@@ -66,13 +66,11 @@ def exact_sum_of_squares(grads: Sequence[Tensor], weights: Sequence[Tensor] | No
     return math.fsum(torch.cat([high * high, 2 * high * low, low * low]).tolist())
 
 
-@each_dtype
-@pytest.mark.parametrize("adaptive", [False, True], ids=["", "adaptive"])
-@pytest.mark.parametrize("exponents", RANGES.values(), ids=RANGES)
-@each_way
+@each_way_with(numbers=list(RANGES), adaptive=[False, True], dtype=DTYPES)
 def test_norm_is_exact_over_the_range_of_every_dtype(
-    backend: str, quick: bool, exponents: tuple[int, int], adaptive: bool, dtype: torch.dtype
+    backend: str, quick: bool, numbers: str, adaptive: bool, dtype: torch.dtype
 ) -> None:
+    exponents = RANGES[numbers]
     generator = torch.Generator().manual_seed(1)
     sizes = shorter(backend, (1, 2, 15, 129, 1025, 20_003), (1, 7, 129, 1025))
     for opposite in (False, True) if adaptive else (False,):

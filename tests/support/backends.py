@@ -124,7 +124,7 @@ def each_backend_and(
     )
 
 
-def _name_of(argument: str, value: Any) -> str:
+def name_of(argument: str, value: Any) -> str:
     """A value as it stands in a test's name."""
     if isinstance(value, bool):
         return argument if value else f"not {argument}"
@@ -141,6 +141,6 @@ def each_backend_with(
     cases = []
     for backend in [name for name in (*BACKENDS, *EXECUTED) if name not in without]:
         for row in every_pair(**{**values, **((few or {}) if backend in SLOW else {})}):
-            identity = "-".join([*(_name_of(*item) for item in row.items()), backend])
+            identity = "-".join([*(name_of(*item) for item in row.items()), backend])
             cases.append(pytest.param(backend, *row.values(), marks=marks_of(backend), id=identity))
     return pytest.mark.parametrize(", ".join(["backend", *values]), cases)

@@ -11,11 +11,15 @@ def pairs_of(positions: dict[str, int]) -> set[Pair]:
     return set(itertools.combinations(positions.items(), 2))
 
 
+def every_combination(**values: Sequence[Any]) -> list[dict[str, Any]]:
+    return [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
+
+
 def every_pair(**values: Sequence[Any]) -> list[dict[str, Any]]:
     """A covering array of strength two: each time the combination that holds most of the pairs still missing."""
     if len(values) < 2:
-        return [dict(zip(values, value)) for value in itertools.product(*values.values())]
-    combinations = [dict(zip(values, at)) for at in itertools.product(*(range(len(v)) for v in values.values()))]
+        return every_combination(**values)
+    combinations = every_combination(**{name: range(len(v)) for name, v in values.items()})
     missing = set().union(*map(pairs_of, combinations))
     chosen = []
     while missing:

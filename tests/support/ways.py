@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 from tests.support import emulation
-from tests.support.backends import BACKENDS, EXECUTED, executed, marks_of
+from tests.support.backends import BACKENDS, EXECUTED, SLOW, executed, marks_of, name_of
+from tests.support.pairs import every_combination, every_pair
 
 # Those that know one way alone; a GPU's is its own.
 _QUICK_FLOAT64 = {"eager": True, "cpu": True, emulation.BACKEND: False}
@@ -30,6 +32,17 @@ def id_of(backend: str, quick: bool) -> str:
 each_way = pytest.mark.parametrize(
     "backend, quick", [pytest.param(*way, marks=marks_of(way[0]), id=id_of(*way)) for way in WAYS]
 )
+
+
+def each_way_with(**values: Sequence[Any]) -> pytest.MarkDecorator:
+    """Each way with every combination of values; a slow backend's with so many that every two values meet."""
+    cases = []
+    for backend, quick in WAYS:
+        rows = every_pair(**values) if backend in SLOW else every_combination(**values)
+        for row in rows:
+            identity = "-".join([id_of(backend, quick), *(name_of(*item) for item in row.items())])
+            cases.append(pytest.param(backend, quick, *row.values(), marks=marks_of(backend), id=identity))
+    return pytest.mark.parametrize(", ".join(["backend", "quick", *values]), cases)
 
 
 @contextmanager
