@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from bench.shapes import Shape
 from sassha_fused.bucket import Bucket, Member
+from sassha_fused.method import Method
 from sassha_fused.selftest import HYPERPARAMETERS
 
 GROUP = {**HYPERPARAMETERS, "lr": 1e-4, "weight_decay": 1e-4, "rho": 1e-3}
@@ -28,10 +30,11 @@ class Operands:
             members.append(Member(param, GROUP, index))
             index += param.numel()
         self.count, self.times = index, 1
-        self.bucket = Bucket(members, [{} for _ in members], backend)
+        self.bucket = Bucket(members, [{} for _ in members], backend, Method())
         # As after a Hessian step: without one D and its bias correction are 0, and the weights would be NaN.
         self.bucket.counts.fill_(1)
-        self.bucket.exp_hessian.uniform_()
+        self.exp_hessian = cast(Tensor, self.bucket.exp_hessian)
+        self.exp_hessian.uniform_()
         self.operators = self.bucket.operators
         self.norm = torch.ones((), dtype=torch.float64, device=device)
 
@@ -58,7 +61,7 @@ class Operands:
 
     @cached_property
     def estimate(self) -> Tensor:
-        return torch.zeros_like(self.bucket.exp_hessian)
+        return torch.zeros_like(self.bucket.exp_avg)
 
     def grad_norm(self, adaptive: bool = False) -> Tensor:
         return self.operators.grad_norm(self.grads, self.params if adaptive else [], None, adaptive)
@@ -86,6 +89,7 @@ class Operands:
         """By the gradients, or by others; guard: what must be finite besides, the norm unless it is given."""
         b = self.bucket
         products = self.products if hessian else []
-        state = (b.backup, b.exp_avg, b.exp_hessian, b.counts, b.skipped, b.offsets, b.rows, b.layouts)
+        state = (b.exp_avg, b.exp_hessian, b.counts, b.skipped, b.offsets, b.rows, b.layouts, b.blocked)
+        state = (None, b.backup, None, *state)
         guards, numbers = [self.norm if guard is None else guard], (b.table.values, b.settings)
         self.operators.update_(self.params, grads or self.grads, products, *state, guards, check, *numbers)

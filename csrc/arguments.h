@@ -36,14 +36,27 @@ inline void check_evaluation(const Tensor& evaluation) {
   check_scalar(evaluation, "evaluation");
 }
 
+// One of so many values, counted from 0.
+inline void check_mode(double mode, int values, const char* name) {
+  for (int value = 0; value < values; ++value) {
+    if (mode == value) return;
+  }
+  STD_TORCH_CHECK(false, name, " must be an index below ", values, ", got ", mode);
+}
+
 inline Settings settings_of(const std::vector<double>& numbers) {
   constexpr size_t kFields = sizeof(Settings) / sizeof(double);
   STD_TORCH_CHECK(numbers.size() == kFields, "settings must be ", kFields, " numbers, got ", numbers.size());
   Settings settings;
   std::memcpy(&settings, numbers.data(), sizeof(settings));
-  const double correction = settings.bias_correction;
-  STD_TORCH_CHECK(correction == 0 || correction == 1 || correction == 2, "bias_correction must be 0, 1 or 2, got ",
-                  correction);
+  check_mode(settings.bias_correction, 3, "bias_correction");
+  check_mode(settings.ascent, 2, "ascent");
+  check_mode(settings.second_average, 4, "second_average");
+  check_mode(settings.direction, 3, "direction");
+  const double block = settings.hessian_block;
+  STD_TORCH_CHECK(block == 1 || block == 2 || block == 4 || block == 8 || block == 16 || block == 32 || block == 64 ||
+                      block == 128,
+                  "hessian_block must be a power of 2 from 1 to 128, got ", block);
   return settings;
 }
 
@@ -63,15 +76,21 @@ inline void check_grad_norm(const TensorList& params, const TensorList& grads, b
   STD_TORCH_CHECK(without_params || grads.dtype() == params.dtype(), "grads and params differ in dtype");
 }
 
-inline void check_perturb(const TensorList& params, const TensorList& grads, const Tensor& backup,
+inline void check_perturb(const TensorList& params, const TensorList& grads, const std::optional<Tensor>& backup,
                           const std::vector<int64_t>& offsets, const std::vector<int64_t>& rows, const Tensor& norm,
-                          const Tensor& per_row) {
-  params.check_parts(offsets, backup);
+                          const Tensor& per_row, const Settings& settings) {
+  if (backup) params.check_parts(offsets, *backup);
   check_rows(rows, params, per_row);
   if (params.empty()) return;
-  STD_TORCH_CHECK(grads.dtype() == params.dtype(), "grads and params differ in dtype");
-  check_dtype(backup, params.dtype(), "backup");
-  check_contiguous(backup, "backup");
+  const bool momentum = is(settings.ascent, Ascent::kMomentum);
+  STD_TORCH_CHECK(grads.dtype() == (momentum ? state_dtype(params.dtype()) : params.dtype()),
+                  "grads and params differ in dtype");
+  STD_TORCH_CHECK(settings.adaptive == 0 || grads.dtype() == params.dtype(),
+                  "adaptive needs params of the dtype of exp_avg, along which they go");
+  if (backup) {
+    check_dtype(*backup, params.dtype(), "backup");
+    check_contiguous(*backup, "backup");
+  }
   check_dtype(norm, ScalarType::Double, "norm");
   check_scalar(norm, "norm");
 }
@@ -86,16 +105,63 @@ inline void check_hutchinson(const TensorList& products, const Tensor& estimate,
   check_dtype(estimate, state_dtype(products.dtype()), "estimate");
 }
 
+// How many numbers exp_hessian has for so many elements of the flat state.
+inline void check_blocks(const Tensor& exp_hessian, int64_t elements, int64_t blocked, const Settings& settings) {
+  STD_TORCH_CHECK(blocked >= 0 && blocked <= elements && blocked % 128 == 0, "blocked must be a multiple of 128 up to ",
+                  elements, ", got ", blocked);
+  STD_TORCH_CHECK(exp_hessian.numel() == blocks_of(settings, blocked).index(elements),
+                  "exp_hessian has another length than exp_avg calls for");
+  check_contiguous(exp_hessian, "exp_hessian");
+}
+
+inline void check_block_average(const TensorList& products, const Tensor& exp_hessian, const Tensor& averaged,
+                                const std::vector<int64_t>& offsets, int64_t blocked, const Settings& settings) {
+  STD_TORCH_CHECK(static_cast<int64_t>(offsets.size()) == products.size(), "expected one offset per tensor");
+  STD_TORCH_CHECK(exp_hessian.numel() == averaged.numel(), "averaged and exp_hessian differ in length");
+  STD_TORCH_CHECK(blocked >= 0 && blocked % 128 == 0, "blocked must be a multiple of 128, got ", blocked);
+  const Blocks blocks = blocks_of(settings, blocked);
+  for (int64_t i = 0; i < products.size(); ++i) {
+    STD_TORCH_CHECK(offsets[i] >= 0 && offsets[i] % 128 == 0, "offsets must be multiples of 128, got ", offsets[i]);
+    if (products.numel(i) == 0) continue;
+    STD_TORCH_CHECK(blocks.index(offsets[i] + products.numel(i) - 1) < exp_hessian.numel(), "tensor ", i,
+                    " does not fit its part of the state");
+  }
+  if (products.empty()) return;
+  for (const Tensor* state : {&exp_hessian, &averaged}) {
+    check_contiguous(*state, "exp_hessian");
+    STD_TORCH_CHECK(products.dtype() == state->scalar_type() || state_dtype(products.dtype()) == state->scalar_type(),
+                    "exp_hessian has another dtype than its parameters call for");
+  }
+}
+
 inline void check_update(const TensorList& params, const TensorList& grads, const TensorList& products,
-                         const std::optional<Tensor>& backup, const Tensor& exp_avg, const Tensor& exp_hessian,
-                         const Tensor& steps, const Tensor& skipped, const std::vector<int64_t>& offsets,
-                         const std::vector<int64_t>& rows, const Tensor& per_row) {
+                         const std::optional<Tensor>& averaged, const std::optional<Tensor>& backup,
+                         const std::optional<Tensor>& norm, const Tensor& exp_avg,
+                         const std::optional<Tensor>& exp_hessian, const Tensor& steps, const Tensor& skipped,
+                         const std::vector<int64_t>& offsets, const std::vector<int64_t>& rows, int64_t blocked,
+                         const Tensor& per_row, const Settings& settings) {
   params.check_parts(offsets, exp_avg);
   check_rows(rows, params, per_row);
-  STD_TORCH_CHECK(exp_hessian.numel() == exp_avg.numel() && (!backup || backup->numel() == exp_avg.numel()),
-                  "backup, exp_avg and exp_hessian differ in length");
+  STD_TORCH_CHECK(!backup || backup->numel() == exp_avg.numel(), "backup and exp_avg differ in length");
   check_contiguous(exp_avg, "exp_avg");
-  check_contiguous(exp_hessian, "exp_hessian");
+  const bool plain = is(settings.direction, Direction::kPlain);
+  STD_TORCH_CHECK(plain || exp_hessian, "exp_hessian is missing");
+  STD_TORCH_CHECK(!plain || products.empty(), "a plain direction takes no products");
+  if (exp_hessian) check_blocks(*exp_hessian, exp_avg.numel(), blocked, settings);
+  STD_TORCH_CHECK(products.empty() || settings.hessian_block == 1, "products come by blocks, as averaged");
+  STD_TORCH_CHECK(settings.hessian_block == 1 || !is(settings.second_average, SecondAverage::kGradient),
+                  "squares of gradients have no blocks");
+  if (averaged) {
+    STD_TORCH_CHECK(products.empty() && exp_hessian && averaged->numel() == exp_hessian->numel(),
+                    "averaged does not go with products and exp_hessian");
+    check_dtype(*averaged, exp_avg.scalar_type(), "averaged");
+    check_contiguous(*averaged, "averaged");
+  }
+  if (norm) {
+    STD_TORCH_CHECK(!backup && settings.adaptive == 0, "norm goes neither with backup nor with adaptive");
+    check_dtype(*norm, ScalarType::Double, "norm");
+    check_scalar(*norm, "norm");
+  }
   check_dtype(steps, ScalarType::Long, "steps");
   check_contiguous(steps, "steps");
   STD_TORCH_CHECK(steps.dim() == 2 && steps.size(1) == 2, "steps must have the rows (step, hessian_step)");
@@ -107,12 +173,13 @@ inline void check_update(const TensorList& params, const TensorList& grads, cons
   STD_TORCH_CHECK(grads.dtype() == params.dtype(), "grads and params differ in dtype");
   STD_TORCH_CHECK(products.empty() || products.dtype() == params.dtype() || products.dtype() == state,
                   "products and params differ in dtype");
+  STD_TORCH_CHECK(!norm || params.dtype() == state, "norm needs params of the dtype of exp_avg");
   if (backup) {
     check_dtype(*backup, params.dtype(), "backup");
     check_contiguous(*backup, "backup");
   }
   check_dtype(exp_avg, state, "exp_avg");
-  check_dtype(exp_hessian, state, "exp_hessian");
+  if (exp_hessian) check_dtype(*exp_hessian, state, "exp_hessian");
 }
 
 }  // namespace sassha

@@ -1,8 +1,18 @@
 """Sassha, a sharpness-aware second-order optimizer for PyTorch, every pass over the parameters one fused kernel."""
 
 from .batch_norm import running_stats_once
-from .family import Sassha
+from .family import SAMSGD, AdaHessian, MSassha, SAMAdamW, Sassha, SophiaH
 from .ops import available_backends
 from .version import __version__
 
-__all__ = ["Sassha", "__version__", "available_backends", "running_stats_once"]
+__all__ = [
+    "SAMSGD",
+    "AdaHessian",
+    "MSassha",
+    "SAMAdamW",
+    "Sassha",
+    "SophiaH",
+    "__version__",
+    "available_backends",
+    "running_stats_once",
+]

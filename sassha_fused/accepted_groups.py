@@ -7,11 +7,12 @@ from numbers import Integral, Real
 from operator import itemgetter
 from typing import Any
 
-from .checks import SHARED, check_groups, is_single
+from .checks import check_groups, is_single
+from .method import Method
 
-_NUMBERS = ("lr", "eps", "weight_decay", "rho", "hessian_power")
-values_of = itemgetter(*_NUMBERS, "betas", "adaptive", "maximize", "bias_correction", *SHARED)
-lr_of = itemgetter(0)  # of such values
+_NUMBERS = ("lr", "eps", "weight_decay", "rho", "hessian_power", "momentum", "dampening", "clip_threshold")
+_INTEGERS = ("hessian_interval", "hessian_warmup", "hessian_samples", "seed", "hessian_block")
+lr_of = itemgetter(0)  # of Method.values_of
 
 
 class AcceptedGroups:
@@ -19,11 +20,13 @@ class AcceptedGroups:
 
     Attributes:
         groups: copies of them.
+        method: whose groups they are.
         values: the hyperparameters of each; whoever edits a group, a scheduler for one, puts another object there.
         single: whether a step has but one pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, method: Method) -> None:
+        self.method = method
         self.single = False
         self.forget()
 
@@ -38,12 +41,12 @@ class AcceptedGroups:
         Raises:
             TypeError, ValueError: one is wrong; none is accepted.
         """
-        check_groups(groups, wait=False, accepted=self.groups)
+        check_groups(groups, self.method, wait=False, accepted=self.groups)
         for group in groups:
             in_own_types(group)
         self.single = is_single(groups)
         self.groups = list(map(dict, groups))
-        self.values = list(map(values_of, groups))
+        self.values = list(map(self.method.values_of, groups))
 
 
 def in_own_types(group: dict[str, Any]) -> None:
@@ -51,7 +54,7 @@ def in_own_types(group: dict[str, Any]) -> None:
 
     What is none of these, and so not accepted, stays; what is missing too.
     """
-    for names, kind, own in ((_NUMBERS, Real, float), (SHARED, Integral, int)):
+    for names, kind, own in ((_NUMBERS, Real, float), (_INTEGERS, Integral, int)):
         for name in group.keys() & names:
             group[name] = _own(group[name], kind, own)
     betas = group.get("betas")

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import layouts_of, part_of, state_dtype, view_of, wide_dtype
+from .layout import block_index, empty_dense, flat_of, layouts_of, part_of, state_dtype, view_of, wide_dtype
+from .method import Method
 from .ops import Operators, operators
 from .parameter_state import check_shape
 from .row_table import RowTable
-from .settings import Settings, shared_of
 
 # The state of a parameter starts at a multiple of this many elements: 256 bytes in the narrowest dtype.
 ALIGNMENT = 128
@@ -38,7 +38,9 @@ class Bucket:
     Attributes:
         settings: what its groups share.
         table: what each of its parameters has of its own.
-        exp_avg, exp_hessian: m and D, in float64 for float64 parameters, else float32.
+        exp_avg, exp_hessian: m and D, in float64 for float64 parameters, else float32; no D where the method has none.
+        block: how many elements share one of D, those of parameters of two or more dimensions.
+        blocked: where in the flat state the parts of these end, which come first.
         norm: 0-d, in float64, where perturb_ puts the norm of the first gradients.
         counts: int64 ``[len(params), 2]``, the rows (step, hessian_step), on the device.
         rows, indices: of each parameter its row of the counts and the table, and the index of its first element.
@@ -47,17 +49,24 @@ class Bucket:
         without_hessian: the rows of the parameters that have never had a Hessian.
     """
 
-    def __init__(self, members: Sequence[Member], states: Sequence[dict[str, Any]], backend: str) -> None:
+    def __init__(
+        self, members: Sequence[Member], states: Sequence[dict[str, Any]], backend: str, method: Method
+    ) -> None:
         first = members[0].param
+        self.method, self.settings = method, method.settings_of(members[0].group)
         self.params = [member.param for member in members]
         self.offsets, total = _offsets(self.params)
         self.device, self.dtype = first.device, first.dtype
         self.layouts = layouts_of(self.params)
         self.operators: Operators = operators(backend, first.device)
         self.table = RowTable([member.group for member in members], first.device)
-        self.settings = Settings.of(members[0].group)
         self.exp_avg = torch.zeros(total, dtype=state_dtype(first), device=first.device)
-        self.exp_hessian = torch.zeros_like(self.exp_avg)
+        self.block = int(self.settings.hessian_block)
+        blocked = [end for param, end in zip(self.params, [*self.offsets[1:], total]) if self.block_of(param) > 1]
+        self.blocked = max(blocked, default=0)
+        self.exp_hessian: Tensor | None = None
+        if method.second_average is not None:
+            self.exp_hessian = self.exp_avg.new_zeros(block_index(total, self.block, self.blocked))
         self.norm = torch.zeros((), dtype=wide_dtype(first.device), device=first.device)
         self.counts = torch.zeros((len(members), 2), dtype=torch.int64, device=first.device)
         self.skipped = torch.zeros(1, dtype=torch.int64, device=first.device)
@@ -65,9 +74,9 @@ class Bucket:
         for row, state in enumerate(states):
             if state:
                 for name, view in self.state_of(row).items():
-                    view.copy_(torch.as_tensor(state[name]))
+                    view.copy_(self._compact(row, torch.as_tensor(state[name]), view))
         self.rows = list(range(len(members)))
-        self.without_hessian = set(self.rows)
+        self.without_hessian = set(self.rows if method.takes_hessian else ())
         self.telling = telling_of(len(members))
         self.indices = [member.index for member in members]
         self._own_layouts = [(param.shape, param.stride()) for param in self.params]
@@ -79,8 +88,13 @@ class Bucket:
 
     def take_in_groups(self) -> bool:
         """Learns what its groups say now; whether they still share their Settings, and count as they did."""
-        shared, settings = list(map(shared_of, self.table.groups)), Settings.of(self.table.groups[0])
-        if shared.count(shared[0]) < len(shared) or settings.bias_correction != self.settings.bias_correction:
+        shared = list(map(self.method.shared_of, self.table.groups))
+        settings = self.method.settings_of(self.table.groups[0])
+        fixed = (settings.bias_correction, settings.hessian_block)
+        if shared.count(shared[0]) < len(shared) or fixed != (
+            self.settings.bias_correction,
+            self.settings.hessian_block,
+        ):
             return False
         self.settings = settings
         self.table.write()
@@ -88,13 +102,45 @@ class Bucket:
 
     def state_of(self, row: int) -> dict[str, Tensor]:
         """One parameter's state, as views of the buffers."""
+        state = {"step": self.counts[row, 0]}
+        if self.method.takes_hessian:
+            state["hessian_step"] = self.counts[row, 1]
+        flats = (self.exp_avg, self.exp_hessian)
+        for name, flat in zip(self.method.averages, flats):
+            state[name] = self._part_of(flat, row)  # type: ignore[arg-type]
+        return state
+
+    def block_of(self, param: Tensor) -> int:
+        """How many elements of a parameter share one of D."""
+        return self.block if param.dim() > 1 else 1
+
+    def _part_of(self, flat: Tensor, row: int) -> Tensor:
+        """One parameter's part of an average: of its shape, or of D by blocks, a number for each block."""
         param, offset = self.params[row], self.offsets[row]
-        return {
-            "step": self.counts[row, 0],
-            "hessian_step": self.counts[row, 1],
-            "exp_avg": view_of(self.exp_avg, offset, param),
-            "exp_hessian": view_of(self.exp_hessian, offset, param),
-        }
+        if flat is not self.exp_hessian:
+            return view_of(flat, offset, param)
+        start, block = block_index(offset, self.block, self.blocked), self.block_of(param)
+        return view_of(flat, start, param) if block == 1 else flat[start : start + -(-param.numel() // block)]
+
+    def _compact(self, row: int, value: Tensor, view: Tensor) -> Tensor:
+        """A value as it goes into a state: of each block the first element."""
+        param = self.params[row]
+        if view.shape == param.shape or value.dim() == 0:
+            return value
+        return flat_of(empty_dense(param).to(value.dtype).copy_(value))[:: self.block]
+
+    def with_every_element(self, row: int, state: dict[str, Any]) -> dict[str, Any]:
+        """One parameter's state with averages of the parameter's shape: what is known by blocks is repeated."""
+        name, (shape, stride) = self.method.averages[-1], self._own_layouts[row]
+        if self.block == 1 or len(shape) < 2 or torch.as_tensor(state[name]).dim() != 1:
+            return state
+        every = state[name].repeat_interleave(self.block)[: shape.numel()]
+        return {**state, name: part_of(every, 0, shape, stride)}
+
+    @cached_property
+    def averages(self) -> list[Tensor]:
+        """Of each row the first average, of its parameter's shape and strides."""
+        return [self._part_of(self.exp_avg, row) for row in range(len(self.params))]
 
     def backup_of(self, row: int) -> Tensor:
         """One parameter's part of the backup, as it lies there whatever has become of the parameter since."""

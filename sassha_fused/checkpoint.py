@@ -11,7 +11,8 @@ from torch.optim.optimizer import Optimizer
 from .accepted_groups import in_own_types
 from .checks import check_groups
 from .counts import Counts
-from .parameter_state import STATES
+from .flat import FlatState
+from .method import Method
 
 
 class AsSaved:
@@ -23,29 +24,49 @@ class AsSaved:
 
 def check_and_protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Refuses a state that is of another kind or of other parameters; wraps each against a change of dtype."""
+    method: Method = optimizer._run.flat.method  # type: ignore[attr-defined]
     groups = [{**optimizer.defaults, **group} for group in state_dict["param_groups"]]
-    check_groups(groups)
+    check_groups(groups, method)
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     params = [param for group in optimizer.param_groups for param in group["params"]]
     shapes = {key: param.shape for key, param in zip(keys, params, strict=False)}
     for key, state in state_dict["state"].items():
         if not state:
             continue  # as somebody leaves it who only asks for it
-        missing = [name for name in STATES if name not in state]
+        missing = [name for name in method.states if name not in state]
         if missing:
-            raise ValueError(f"state_dict: the state of parameter {key!r} has no {', '.join(missing)}: is it Sassha's?")
-        for name in ("exp_avg", "exp_hessian"):
+            raise ValueError(
+                f"state_dict: the state of parameter {key!r} has no {', '.join(missing)}: is it that of "
+                f"{type(optimizer).__name__}?"
+            )
+        for name in method.averages:
             if key in shapes and state[name].shape != shapes[key]:
                 raise ValueError(
                     f"state_dict: {name} of parameter {key!r} has shape {tuple(state[name].shape)}, the parameter "
                     f"{tuple(shapes[key])}"
                 )
-    return {**state_dict, "state": {key: AsSaved(state) for key, state in state_dict["state"].items()}}
+    saved = [dict(group) for group in state_dict["param_groups"]]
+    for group, own in zip(saved, optimizer.param_groups, strict=False):
+        if "hessian_block" in own:  # how the state lies here, as the backend
+            group["hessian_block"] = own["hessian_block"]
+    states = {key: AsSaved(state) for key, state in state_dict["state"].items()}
+    return {**state_dict, "state": states, "param_groups": saved}
 
 
 def with_plain_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The states as dicts of Python's own, which note no edits and which torch.load reads with weights_only."""
-    return {**state_dict, "state": {key: dict(state) for key, state in state_dict["state"].items()}}
+    """The states as dicts of Python's own, which note no edits and which torch.load reads with weights_only.
+
+    Averages have a number for each element.
+    """
+    flat: FlatState = optimizer._run.flat  # type: ignore[attr-defined]
+    at = {param: (bucket, row) for bucket in flat.buckets for row, param in enumerate(bucket.params)}
+    params = dict(enumerate(param for group in optimizer.param_groups for param in group["params"]))
+    states = {}
+    for key, state in state_dict["state"].items():
+        bucket, row = at.get(params.get(key, key), (None, 0))
+        complete = bucket is not None and all(name in state for name in flat.method.states)
+        states[key] = dict(bucket.with_every_element(row, state) if bucket and complete else state)
+    return {**state_dict, "state": states}
 
 
 def publish_counts(groups: list[dict[str, Any]], counts: Counts) -> None:

@@ -7,17 +7,24 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import zip_longest
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-# What c1 and c2 count; an operator takes the index.
+if TYPE_CHECKING:
+    from .method import Method
+
+# What c1 and c2 count; of this and the next an operator takes the index.
 BIAS_CORRECTIONS = ("step", "update", "none")
+# What the perturbation points along: up the gradient, or along the first average of the gradients, ahead of the step.
+ASCENTS = ("gradient", "momentum")
+# How many elements of a parameter may share one of the Hessian's average.
+BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# They belong to the schedule and to the random signs, which are the optimizer's.
-SHARED = ("hessian_interval", "hessian_warmup", "hessian_samples", "seed")
+# They belong to the schedule, to the random signs and to where the passes are taken, which are the optimizer's.
+SHARED = ("hessian_interval", "hessian_warmup", "hessian_samples", "seed", "ascent", "exact_restore")
 
 
 def _is_number(value: Any) -> bool:
@@ -72,11 +79,29 @@ def _check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
+def _check_fraction(name: str, value: Any) -> None:
+    if not _is_number(value) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
+
+
+def _check_block(name: str, value: Any) -> None:
+    check_integer(name, value, smallest=1)
+    if value not in BLOCKS:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, BLOCKS))}, got {value!r}")
+
+
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "eps": _check_number,
     "weight_decay": _check_number,
     "rho": _check_number,
+    "clip_threshold": _check_number,
     "betas": _check_betas,
+    "momentum": _check_fraction,
+    "dampening": _check_fraction,
+    "nesterov": _check_bool,
+    "ascent": partial(check_choice, choices=ASCENTS),
+    "exact_restore": _check_bool,
+    "hessian_block": _check_block,
     "hessian_power": _check_power,
     "hessian_interval": partial(check_integer, smallest=1),
     "hessian_warmup": partial(check_integer, smallest=0),
@@ -88,30 +113,37 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
 }
 
 
-def check_hyperparameters(group: dict[str, Any], wait: bool = True, accepted: dict[str, Any] | None = None) -> None:
+def check_hyperparameters(
+    group: dict[str, Any], names: Sequence[str], wait: bool = True, accepted: dict[str, Any] | None = None
+) -> None:
     """Checks the hyperparameters of one parameter group.
 
     Args:
+        names: of the hyperparameters that it must have.
         wait: whether a learning rate that is a tensor is waited for, on its device.
         accepted: the group as it was checked before; what is still the same object is not checked again.
     """
     try:
         if accepted is None or isinstance(group["lr"], Tensor) or group["lr"] is not accepted["lr"]:
             _check_lr(group["lr"], wait)
-        for name, check in _CHECKS.items():
-            if accepted is None or group[name] is not accepted[name]:
-                check(name, group[name])
+        for name in names:
+            if name != "lr" and (accepted is None or group[name] is not accepted[name]):
+                _CHECKS[name](name, group[name])
     except KeyError as error:
         raise ValueError(f"{error.args[0]} is missing in a parameter group: put it back") from None
 
 
 def check_groups(
-    groups: Sequence[dict[str, Any]], wait: bool = True, accepted: Sequence[dict[str, Any] | None] = ()
+    groups: Sequence[dict[str, Any]],
+    method: Method,
+    wait: bool = True,
+    accepted: Sequence[dict[str, Any] | None] = (),
 ) -> None:
     """Checks the hyperparameters of all groups, and that they share what belongs to the optimizer."""
     for group, known in zip_longest(groups, accepted[: len(groups)]):
-        check_hyperparameters(group, wait, known)
-        for name in SHARED:
+        check_hyperparameters(group, method.names, wait, known)
+        method.check(group)
+        for name in method.shared:
             if group[name] != groups[0][name]:
                 raise ValueError(
                     f"{name} must be the same in all groups, got {groups[0][name]!r} in the first and {group[name]!r} "
@@ -121,7 +153,7 @@ def check_groups(
 
 def is_single(groups: Sequence[dict[str, Any]]) -> bool:
     """Whether a step has but one pass: w' is w where rho is 0 in every group."""
-    return not any(group["rho"] > 0 for group in groups)
+    return not any(group.get("rho", 0.0) > 0 for group in groups)
 
 
 def check_parameter(param: Tensor) -> None:
@@ -137,8 +169,8 @@ def check_parameter(param: Tensor) -> None:
         raise ValueError(f"params: dtype must be one of {supported}, got {param.dtype}")
 
 
-def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Raises ValueError for the first gradient that does not fit its parameter."""
+def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor], dtype: torch.dtype | None = None) -> None:
+    """Raises ValueError for the first gradient that does not fit its parameter, or has another dtype than asked for."""
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         where = f"the gradient of parameter {i}, of shape {tuple(param.shape)},"
         if grad.layout != torch.strided:
@@ -147,6 +179,8 @@ def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
             raise ValueError(f"parameter {i} has dtype {param.dtype}, the others of its list {params[0].dtype}")
         for name in ("shape", "dtype", "device"):
             expected, got = getattr(param, name), getattr(grad, name)
+            if name == "dtype":
+                expected = dtype or expected
             if got != expected:
                 raise ValueError(f"{where} has {name} {got} instead of the parameter's {expected}")
 

@@ -86,8 +86,10 @@ class Counts:
         self._counts = (*self._counts[:3], (Flag(taken.skipped), taken))
 
     def next_is_scheduled(self, group: dict[str, Any]) -> bool:
-        """Whether the coming step is a Hessian step by the schedule, which all groups share."""
+        """Whether the coming step is a Hessian step by the schedule, which all groups share, if they have one."""
         steps = self.catch_up()
+        if "hessian_interval" not in group:
+            return False
         return steps % int(group["hessian_interval"]) == 0 or steps < group["hessian_warmup"]
 
     def catch_up(self) -> int:

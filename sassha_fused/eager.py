@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .bias_correction import bias_correction
-from .checks import BIAS_CORRECTIONS, check_gradients
+from .checks import ASCENTS, BIAS_CORRECTIONS, check_gradients
 from .fused_multiply_add import fma, nearest_float32
-from .layout import check_layouts, state_dtype, view_of, wide_dtype
+from .layout import block_index, check_layouts, flat_of, state_dtype, view_of, wide_dtype
 from .power import raised
-from .settings import RowSettings, settings_of
+from .settings import DIRECTIONS, SECOND_AVERAGES, RowSettings, Settings, dtype_along, settings_of
 
 _WORD = 0xFFFFFFFF
 _PIECE = 1 << 16  # elements
@@ -46,7 +46,7 @@ def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor], layouts: Tensor
 def perturb_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    backup: Tensor,
+    backup: Tensor | None,
     offsets: Sequence[int],
     rows: Sequence[int],
     layouts: Tensor,
@@ -55,29 +55,37 @@ def perturb_(
     per_row: Tensor,
     settings: Sequence[float],
 ) -> None:
-    r"""backup <- w; :math:`w \leftarrow w + \rho g / (N + 10^{-12})`, times :math:`w^2` if adaptive.
+    r"""backup <- w, if there is one; :math:`w \leftarrow w + \rho g / (N + 10^{-12})`, times :math:`w^2` if adaptive.
 
-    N is in norm, or if measure it is that of grads, and put there. Where it is not finite, w stays as it is.
+    N is in norm, or if measure it is that of grads, and put there. Where it is not finite, w stays as it is. g: the
+    gradient; or, where the ascent is along exp_avg, its parts, which count with the other sign.
     """
-    check_gradients(params, grads)
-    check_layouts(params, layouts, backup)
     shared = settings_of(settings)
+    check_gradients(params, grads, dtype_along(params, shared))
+    check_layouts(params, layouts, backup)
     if measure:
-        norm.copy_(grad_norm(grads, params, None, bool(shared.adaptive)))
+        norm.copy_(grad_norm(grads, params if shared.adaptive else (), None, bool(shared.adaptive)))
     finite = torch.isfinite(norm)
-    factors = per_row.select(1, RowSettings._fields.index("rho")) * (1 / (norm + 1e-12))
-    results, backups = [], [view_of(backup, offset, w) for w, offset in zip(params, offsets, strict=True)]
+    factors = perturbation_factors(per_row, norm, shared)
+    results = []
+    backups = [] if backup is None else [view_of(backup, offset, w) for w, offset in zip(params, offsets, strict=True)]
     for w, g, row in zip(params, grads, rows, strict=True):
         dtype = state_dtype(w)
-        factor = factors[row].to(dtype)
         weight = w.to(dtype)
-        step = (-factor if shared.maximize else factor) * g.to(dtype)
+        step = factors[row].to(dtype) * g.to(dtype)
         moved = weight + step * (weight * weight) if shared.adaptive else weight + step
         results.append(torch.where(finite, moved.to(w.dtype), w))
     # Nothing is written before all is worked out: memory may run out above, not below.
-    for w, old, result in zip(params, backups, results, strict=True):
+    for w, old in zip(params, backups, strict=False):
         old.copy_(w)
+    for w, result in zip(params, results, strict=True):
         w.copy_(result)
+
+
+def perturbation_factors(per_row: Tensor, norm: Tensor, settings: Settings) -> Tensor:
+    r""":math:`\rho / (N + 10^{-12})` of each row, with the sign of what the perturbation points along."""
+    factors = per_row.select(1, RowSettings._fields.index("rho")) * (1 / (norm + 1e-12))
+    return -factors if settings.maximize or ASCENTS[int(settings.ascent)] == "momentum" else factors
 
 
 def _philox4x32_10(counter: list[Tensor], key: list[int]) -> list[Tensor]:
@@ -169,6 +177,11 @@ def _times(x: Tensor, factor: _Parts) -> Tensor:
     return x * factor.high if x.dtype == torch.float64 else fma(x, factor.high, x * factor.low)
 
 
+def _times_plus(x: Tensor, factor: _Parts, y: Tensor | float) -> Tensor:
+    """factor x + y"""
+    return x * factor.high + y if x.dtype == torch.float64 else fma(x, factor.high, fma(x, factor.low, y))
+
+
 def _moved(w: Tensor, direction: Tensor, decay: _Parts, step_size: _Parts) -> Tensor:
     """decay w - step_size direction"""
     if w.dtype == torch.float64:
@@ -186,45 +199,129 @@ def _pieces(*tensors: Tensor) -> Iterable[Sequence[Tensor]]:
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
+def _second_average(hessian: Tensor, x: Tensor, settings: Settings) -> Tensor:
+    r""":math:`D \leftarrow \beta_2 D + (1 - \beta_2) |x|`, or of :math:`x^2`, or of x."""
+    kind = SECOND_AVERAGES[int(settings.second_average)]
+    x = x.to(hessian.dtype)
+    value = x if kind == "signed" else x.abs() if kind == "absolute" else x * x
+    weight = -(1 - settings.beta2) if kind == "signed" and settings.maximize else 1 - settings.beta2
+    return _average(hessian, _parts(settings.beta2, x.dtype), value, _parts(weight, x.dtype))
+
+
+def block_average_(
+    products: Sequence[Tensor],
+    exp_hessian: Tensor,
+    averaged: Tensor,
+    offsets: Sequence[int],
+    blocked: int,
+    settings: Sequence[float],
+) -> None:
+    r"""averaged :math:`\leftarrow \beta_2 D + (1 - \beta_2)` times the mean of ``|products|`` over each block.
+
+    Sums go pairwise by the bits of an element's index; a last block that is short has the mean of what it has.
+    """
+    shared = settings_of(settings)
+    for product, offset in zip(products, offsets, strict=True):
+        block = int(shared.hessian_block) if offset < blocked else 1
+        x = flat_of(product).to(exp_hessian.dtype).abs()
+        present = torch.full((-(-len(x) // block),), block, dtype=x.dtype, device=x.device)
+        present[-1:] -= -len(x) % block
+        x = torch.nn.functional.pad(x, (0, -len(x) % block))
+        for _ in range(block.bit_length() - 1):
+            x = x[0::2] + x[1::2]
+        start = block_index(offset, int(shared.hessian_block), blocked)
+        part = slice(start, start + len(x))
+        averaged[part] = _second_average(exp_hessian[part], x / present, shared)
+
+
+def _new_averages(w: Tensor, g: Tensor, average: Tensor, row: _Row, settings: Settings) -> tuple[Tensor, Tensor | None]:
+    """m, and the gradient that a plain direction averages."""
+    beta1 = _parts(settings.beta1, average.dtype)
+    if DIRECTIONS[int(settings.direction)] != "plain":
+        weight = _parts(-(1 - settings.beta1) if settings.maximize else 1 - settings.beta1, average.dtype)
+        return _average(average, beta1, g, weight), None
+    gradient = _times_plus(w, row.decay, -g if settings.maximize else g)
+    return _average(average, beta1, gradient, row.factor), gradient
+
+
+def _direction(m: Tensor, hessian: Tensor | None, gradient: Tensor | None, row: _Row, settings: Settings) -> Tensor:
+    """What a step leads along."""
+    if gradient is not None:
+        return _times_plus(m, _parts(settings.beta1, m.dtype), gradient) if settings.nesterov else m
+    assert hessian is not None
+    eps = _parts(settings.eps, m.dtype).high
+    if DIRECTIONS[int(settings.direction)] == "clipped":
+        factor = _Parts(_parts(settings.clip_threshold, m.dtype).high, 0.0)
+        return (m / _times_plus(torch.where(hessian > 0, hessian, 0.0), factor, eps)).clamp(-1, 1)
+    return m / (_raise(_times(hessian, row.factor), settings.hessian_power) + eps)
+
+
+class _Row(NamedTuple):
+    """What the elements of a parameter share in a step: UpdateScalars in csrc/math/sassha.h."""
+
+    decay: _Parts
+    step_size: _Parts
+    factor: _Parts
+    perturbation: Tensor
+
+
+def _rows_of(
+    step: Tensor, hessian_step: Tensor, own: Tensor, norm: Tensor | None, settings: Settings, dtype: torch.dtype
+) -> list[_Row]:
+    lr, weight_decay, _ = own.unbind(1)
+    none = torch.zeros_like(lr)
+    perturbations = (none if norm is None else perturbation_factors(own, norm, settings)).to(dtype)
+    if DIRECTIONS[int(settings.direction)] == "plain":
+        columns = (weight_decay, lr, torch.where(step == 1, 1.0, 1.0 - settings.dampening).to(lr.dtype))
+    else:
+        c1 = c2 = torch.ones_like(lr)
+        if BIAS_CORRECTIONS[int(settings.bias_correction)] != "none":
+            c1, c2 = bias_correction(settings.beta1, step), bias_correction(settings.beta2, hessian_step)
+        columns = (1 - lr * weight_decay, lr / c1, 1 / c2)
+    return [_Row(*row) for row in zip(*(_parts_of_each(column, dtype) for column in columns), perturbations.unbind())]
+
+
 def update_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     products: Sequence[Tensor],
+    averaged: Tensor | None,
     backup: Tensor | None,
+    norm: Tensor | None,
     exp_avg: Tensor,
-    exp_hessian: Tensor,
+    exp_hessian: Tensor | None,
     steps: Tensor,
     skipped: Tensor,
     offsets: Sequence[int],
     rows: Sequence[int],
     layouts: Tensor,
+    blocked: int,
     guards: Sequence[Tensor],
     guard_grads: bool,
     per_row: Tensor,
     settings: Sequence[float],
 ) -> None:
-    r"""One step from :math:`w` = backup, or without backup from params; nothing where a guard is not finite.
+    r"""One step from :math:`w` = backup, or from params; nothing where a guard is not finite.
 
-    If guard_grads, all elements of grads and products are guards too. D changes only where products are given.
+    With norm, that of perturb_ along exp_avg, :math:`w` is what params were before it. If guard_grads, all elements of
+    grads and products are guards too. D changes only where products are given, or averaged, which is what
+    block_average_ has made of them; or, where it averages the squares of gradients, in every step.
 
     .. math::
         D \leftarrow \beta_2 D + (1 - \beta_2) |H|, \quad
         m \leftarrow \beta_1 m + (1 - \beta_1) \tilde g, \quad
         w \leftarrow w (1 - \eta\lambda) - \frac{\eta}{c_1} \frac{m}{(D / c_2)^\alpha + \epsilon}
 
-    bias_correction: the index in BIAS_CORRECTIONS; with "none", :math:`c_1 = c_2 = 1`.
+    Of a clipped direction the fraction is :math:`m / (\gamma \max(D, 0) + \epsilon)`, between -1 and 1. A plain one
+    takes :math:`\tilde g + \lambda w` for the gradient, and
+    :math:`w \leftarrow w - \eta m`, with :math:`m \leftarrow \beta_1 m + (1 - d) \tilde g` as in torch.optim.SGD.
     """
     check_gradients(params, grads)
     check_layouts(params, layouts, exp_avg)
     shared = settings_of(settings)
-    kind = BIAS_CORRECTIONS[int(shared.bias_correction)]
     if guard_grads:
         guards = [*guards, *(grad_norm(tensors, (), None, False) for tensors in (grads, products) if tensors)]
     finite = torch.stack([torch.isfinite(guard) for guard in guards]).all()
-    dtype = exp_avg.dtype
-    beta1, beta2 = _parts(shared.beta1, dtype), _parts(shared.beta2, dtype)
-    gradient_weight = _parts(-(1 - shared.beta1) if shared.maximize else 1 - shared.beta1, dtype)
-    hessian_weight = _parts(1 - shared.beta2, dtype)
     if not params:
         skipped.copy_(~finite)
         return
@@ -232,30 +329,57 @@ def update_(
     counts, own = (torch.stack([table[row] for row in rows]) for table in (steps, per_row))
     step, hessian_step = counts.unbind(1)
     step = step + 1
-    if products:
-        hessian_step = step if kind == "step" else hessian_step + 1
-    lr, weight_decay, _ = own.unbind(1)
-    c1 = c2 = torch.ones_like(lr)
-    if kind != "none":
-        c1, c2 = bias_correction(shared.beta1, step), bias_correction(shared.beta2, hessian_step)
-    decays, step_sizes, inverses = (_parts_of_each(x, dtype) for x in (1 - lr * weight_decay, lr / c1, 1 / c2))
-    for i, (w, g, offset) in enumerate(zip(params, grads, offsets, strict=True)):
-        average, hessian = (view_of(flat, offset, w) for flat in (exp_avg, exp_hessian))
+    of_gradients = SECOND_AVERAGES[int(shared.second_average)] == "gradient" and exp_hessian is not None
+    if products or averaged is not None or of_gradients:
+        by_step = BIAS_CORRECTIONS[int(shared.bias_correction)] == "step"
+        hessian_step = step if by_step else hessian_step + 1
+    each = _rows_of(step, hessian_step, own, norm, shared, exp_avg.dtype)
+    for i, (w, g, offset, row) in enumerate(zip(params, grads, offsets, each, strict=True)):
+        average = view_of(exp_avg, offset, w)
+        hessian = average  # not read where there is none
+        if exp_hessian is not None:
+            hessian = _hessian_of(exp_hessian, w, offset, blocked, shared, changes, averaged, finite)
         old = w if backup is None else view_of(backup, offset, w)
-        product = products[i] if products else g  # not read where there are none
+        product = products[i] if products else g
         for piece in _pieces(w, old, g, product, average, hessian):
             target, old, gradient, product, average, hessian = piece
-            new_average = _average(average, beta1, gradient.to(dtype), gradient_weight)
-            new_hessian = hessian
-            if products:
-                new_hessian = _average(hessian, beta2, product.to(dtype).abs(), hessian_weight)
+            gradient, weight = gradient.to(average.dtype), old.to(average.dtype)
+            if norm is not None:
+                old = weight = torch.where(torch.isfinite(norm), weight - row.perturbation * average, weight)
+            new_average, plain = _new_averages(weight, gradient, average, row, shared)
+            new_hessian = None if exp_hessian is None else hessian
+            if products or of_gradients:
+                new_hessian = _second_average(hessian, product, shared)
                 changes.append((hessian, torch.where(finite, new_hessian, hessian)))
-            root = _raise(_times(new_hessian, inverses[i]), shared.hessian_power)
-            direction = new_average / (root + _parts(shared.eps, dtype).high)
-            new = _moved(old.to(dtype), direction, decays[i], step_sizes[i])
+            direction = _direction(new_average, new_hessian, plain, row, shared)
+            decay = row.decay if plain is None else _Parts(1.0, 0.0)
+            new = _moved(weight, direction, decay, row.step_size)
             changes.append((target, torch.where(finite, new.to(w.dtype), old)))
             changes.append((average, torch.where(finite, new_average, average)))
         changes.append((steps[rows[i]], torch.where(finite, torch.stack([step[i], hessian_step[i]]), counts[i])))
     # Nothing is written before all is worked out: memory may run out above, not below.
     for target, value in changes:
         target.copy_(value)
+
+
+def _hessian_of(
+    exp_hessian: Tensor,
+    w: Tensor,
+    offset: int,
+    blocked: int,
+    settings: Settings,
+    changes: list[tuple[Tensor, Tensor]],
+    averaged: Tensor | None,
+    finite: Tensor,
+) -> Tensor:
+    """A parameter's D as this step takes it, of its shape: a part of exp_hessian, or of averaged, which replaces it."""
+    block = int(settings.hessian_block) if offset < blocked else 1
+    start = block_index(offset, int(settings.hessian_block), blocked)
+    part = exp_hessian[start : start + -(-w.numel() // block)]
+    if averaged is not None:
+        new = averaged[start : start + len(part)]
+        changes.append((part, torch.where(finite, new, part)))
+        part = new
+    elif block == 1:
+        return view_of(exp_hessian, start, w)
+    return view_of(part.repeat_interleave(block), 0, w)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .bucket import Bucket, Member, telling_of
 from .checks import BIAS_CORRECTIONS, check_gradients, check_parameter
-from .parameter_state import States, complete_state
+from .method import Method
+from .parameter_state import States, check_shape, complete_state
 from .settings import Settings
 
 Groups = Sequence[dict[str, Any]]
@@ -28,6 +29,8 @@ class Selection:
 
     Attributes:
         telling: positions of a few that tell for all whether somebody has written to them.
+        norm: that of exp_avg, along which these were perturbed, where w has no backup and is worked out from w'.
+        elsewhere: w' while a signal's handler runs, where there is no backup to keep it in.
     """
 
     bucket: Bucket
@@ -38,6 +41,8 @@ class Selection:
     indices: Sequence[int]
     layouts: Tensor
     telling: Sequence[int]
+    norm: Tensor | None = None
+    elsewhere: list[Tensor] | None = None
 
     @classmethod
     def of(cls, bucket: Bucket) -> Selection:
@@ -57,12 +62,19 @@ class Selection:
             [self.indices[i] for i in positions],
             self.layouts[list(positions)],
             telling_of(len(positions)),
+            self.norm,
         )
 
     def with_grads(self, grads: Sequence[Tensor]) -> Selection:
         """The same parameters with these gradients."""
-        lists = (self.offsets, self.rows, self.indices, self.layouts, self.telling)
-        return Selection(self.bucket, self.params, grads, *lists)
+        others = (self.offsets, self.rows, self.indices, self.layouts, self.telling, self.norm)
+        return Selection(self.bucket, self.params, grads, *others)
+
+    def trained(self) -> Selection:
+        """What of these is trained, with exp_avg in the place of gradients."""
+        positions = [i for i, param in enumerate(self.params) if param.requires_grad]
+        chosen = self if len(positions) == len(self.params) else self.at(positions)
+        return chosen.with_grads([self.bucket.averages[row] for row in chosen.rows])
 
     def with_gradients(self, last: Selection | None = None) -> Selection:
         """What of these has a gradient now, with it.
@@ -109,12 +121,13 @@ class FlatState:
     """The flat state of an optimizer, its buckets laid out anew where what it was made for has changed.
 
     Attributes:
+        method: the optimizer's.
         buckets: where the state lies.
         laid_out: whether it lies as groups and states asked for when it was last looked at.
     """
 
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
+    def __init__(self, backend: str, method: Method) -> None:
+        self.backend, self.method = backend, method
         self.buckets: list[Bucket] = []
         self.forget()
 
@@ -130,23 +143,27 @@ class FlatState:
     def select(self, groups: Groups, states: States, catch_up: Callable[[], int]) -> list[Selection]:
         """The parameters that have a gradient, by bucket; the first gradient gives a parameter its state.
 
+        Where steps go along exp_avg: those that are trained, with exp_avg; to be trained gives a parameter its state.
+
         The operators find a parameter that has another shape, strides, dtype or device than the others or than its
         state, but not that the first has another dtype or device than the state. catch_up brings the host's counts up
         to date, which may wait for the device: done only where they are needed.
         """
         outdated = self.is_outdated(groups, states)
-        selections = [] if outdated else self._with_gradients()
+        selections = [] if outdated else self._chosen(groups)
         firsts = [(s.params[0], s.bucket) for s in selections]
         if outdated or any(p.dtype != b.dtype or p.device != b.device for p, b in firsts):
             catch_up()
             self.lay_out(groups, states)
-            selections = self._with_gradients()
+            selections = self._chosen(groups)
         return selections
 
-    def _with_gradients(self) -> list[Selection]:
-        found = [Selection.of(bucket).with_gradients(self._last.get(bucket)) for bucket in self.buckets]
-        self._last = {selection.bucket: selection.with_grads(()) for selection in found}
-        return [selection for selection in found if selection.grads]
+    def _chosen(self, groups: Groups) -> list[Selection]:
+        if self.method.along_momentum(groups[0]):
+            return [found for bucket in self.buckets if (found := Selection.of(bucket).trained()).params]
+        selected = [Selection.of(bucket).with_gradients(self._last.get(bucket)) for bucket in self.buckets]
+        self._last = {selection.bucket: selection.with_grads(()) for selection in selected}
+        return [selection for selection in selected if selection.grads]
 
     def take_in_groups(self, groups: Groups, movable: bool) -> None:
         """Learns what the groups say, once they are accepted; movable: whether the state may be laid out anew.
@@ -176,11 +193,16 @@ class FlatState:
         return (
             not self.laid_out
             or states.edits.made
-            or any(param.grad is not None for param in self._stateless)
+            or any(map(self._wants_state(groups), self._stateless))
             or not _same(groups, self._groups)
             or list(map(len, map(_params, groups))) != self._lengths
             or not all(map(is_, chain.from_iterable(map(_params, groups)), self._params))
         )
+
+    def _wants_state(self, groups: Groups) -> Callable[[Tensor], bool]:
+        """What gives a parameter its state: its first gradient, or where steps go along exp_avg that it is trained."""
+        trained = bool(groups) and self.method.along_momentum(groups[0])
+        return lambda param: param.requires_grad if trained else param.grad is not None
 
     def is_current(self) -> bool:
         """Whether every parameter still is as its state was made."""
@@ -206,23 +228,24 @@ class FlatState:
         Raises:
             ValueError: the first gradient of a parameter is sparse or of another shape, dtype or device; or an entry of
                 states that someone has edited is incomplete or of another shape than its parameter; or the group of a
-                parameter that has state has another bias correction than before.
+                parameter that has state has another bias correction or hessian_block than before.
         """
         known = {p: row not in b.without_hessian for b in self.buckets for row, p in enumerate(b.params)}
-        corrections = {p: b.settings.bias_correction for b in self.buckets for p in b.params}
+        before = {p: b.settings for b in self.buckets for p in b.params}
         edited = states.edits.made
         made: list[Bucket] = []
         stateless: list[Tensor] = []
-        for members in _members(groups, states, stateless):
-            made.append(Bucket(members, [complete_state(states, m.param) for m in members], self.backend))
+        saved = self.with_every_element(states)
+        for members in self._members(groups, saved, stateless):
+            made.append(Bucket(members, [saved.get(m.param, {}) for m in members], self.backend, self.method))
         for bucket in made:
             for row, param in enumerate(bucket.params):
-                old = complete_state(states, param)
+                old = saved.get(param, {})
                 if old:
-                    _check_same_correction(corrections.get(param), bucket.settings.bias_correction)
+                    _check_fixed(before.get(param), bucket.settings)
                 # Read from the state only where no bucket knows: a device's counts would have to be waited for.
                 had = known.get(param) if not edited else None
-                if old and (int(old["hessian_step"]) > 0 if had is None else had):
+                if old and self.method.takes_hessian and (int(old["hessian_step"]) > 0 if had is None else had):
                     bucket.without_hessian.discard(row)
         # In this order an interrupt, wherever it comes, has the next step do all of it again, edits included.
         self.laid_out = False
@@ -235,30 +258,60 @@ class FlatState:
         states.lay_out({p: bucket.state_of(row) for bucket in made for row, p in enumerate(bucket.params)})
         self.laid_out = True
 
+    def with_every_element(self, states: States) -> dict[Tensor, dict[str, Any]]:
+        """The complete states of all parameters, averages with a number for each element.
 
-def _check_same_correction(old: float | None, new: float) -> None:
-    if old is not None and old != new:
-        before, now = (BIAS_CORRECTIONS[int(index)] for index in (old, new))
+        Raises:
+            ValueError: one is incomplete, or an average has another shape than its parameter.
+        """
+        at = {param: (bucket, row) for bucket in self.buckets for row, param in enumerate(bucket.params)}
+        every: dict[Tensor, dict[str, Any]] = {}
+        for param in list(states):
+            state = complete_state(states, param, self.method.states)
+            if state:
+                bucket, row = at.get(param, (None, 0))
+                every[param] = state if bucket is None else bucket.with_every_element(row, state)
+                for name in self.method.averages:
+                    check_shape(param, torch.as_tensor(every[param][name]).shape)
+        return every
+
+    def _members(
+        self, groups: Groups, saved: dict[Tensor, dict[str, Any]], stateless: list[Tensor]
+    ) -> Iterable[Sequence[Member]]:
+        """The parameters with state, or that ask for one, by device, dtype and settings.
+
+        Where elements share D by blocks, those that have more dimensions come first.
+        """
+        index = 0
+        members: dict[tuple[torch.device, torch.dtype, Settings], list[Member]] = defaultdict(list)
+        wants_state = self._wants_state(groups)
+        for group in groups:
+            settings = self.method.settings_of(group)
+            for param in dict.fromkeys(group["params"]):
+                if param not in saved and not wants_state(param):
+                    stateless.append(param)
+                else:
+                    if param not in saved:
+                        check_parameter(param)
+                        if param.grad is not None:
+                            check_gradients([param], [param.grad])
+                    members[param.device, param.dtype, settings].append(Member(param, group, index))
+                index += param.numel()
+        for key, of_key in members.items():
+            yield sorted(of_key, key=lambda member: member.param.dim() < 2) if key[2].hessian_block > 1 else of_key
+
+
+def _check_fixed(old: Settings | None, new: Settings) -> None:
+    if old is None:
+        return
+    if old.bias_correction != new.bias_correction:
+        before, now = (BIAS_CORRECTIONS[int(settings.bias_correction)] for settings in (old, new))
         raise ValueError(
             f"bias_correction cannot change from {before!r} to {now!r} for a parameter that has state, whose "
             "hessian_step counts what it says: make a new optimizer with it"
         )
-
-
-def _members(groups: Groups, states: States, stateless: list[Tensor]) -> Iterable[Sequence[Member]]:
-    """The parameters with state, or with a gradient that asks for one, by device, dtype and settings."""
-    index = 0
-    members: dict[tuple[torch.device, torch.dtype, Settings], list[Member]] = defaultdict(list)
-    for group in groups:
-        settings = Settings.of(group)
-        for param in dict.fromkeys(group["params"]):
-            if complete_state(states, param):
-                members[param.device, param.dtype, settings].append(Member(param, group, index))
-            elif param.grad is not None:
-                check_parameter(param)
-                check_gradients([param], [param.grad])
-                members[param.device, param.dtype, settings].append(Member(param, group, index))
-            else:
-                stateless.append(param)
-            index += param.numel()
-    return members.values()
+    if old.hessian_block != new.hessian_block:
+        raise ValueError(
+            f"hessian_block cannot change from {int(old.hessian_block)} to {int(new.hessian_block)} for a parameter "
+            "that has state: make a new optimizer with it, and load the state_dict of this one"
+        )

@@ -47,6 +47,11 @@ def part_of(flat: Tensor, offset: int, shape: torch.Size, stride: Sequence[int])
     return part.as_strided(shape, stride, part.storage_offset())
 
 
+def flat_of(tensor: Tensor) -> Tensor:
+    """The elements in a row, in the order of their memory where it is dense."""
+    return tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor.reshape(-1)
+
+
 def state_dtype(param: Tensor) -> torch.dtype:
     """The dtype of a parameter's state, and of the arithmetic on it."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -72,6 +77,11 @@ def sent(device: torch.device, scalar: Tensor) -> Tensor:
     if lacks_float64(device) and scalar.dtype == torch.float64:
         scalar = scalar.float()
     return scalar.to(device, non_blocking=device.type != "cpu")
+
+
+def block_index(element: int, block: int, blocked: int) -> int:
+    """Where the flat state has the exp_hessian of an element: those below blocked share one by blocks."""
+    return element // block if element < blocked else blocked // block + element - blocked
 
 
 def layouts_of(params: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """The operator contract in Python: which backend serves which device, and fake kernels.
 
-Every backend has the five functions of :class:`Operators`, with the arguments of the schemas in csrc/schema.cpp.
+Every backend has the functions of :class:`Operators`, with the arguments of the schemas in csrc/schema.cpp.
 ``sassha_fused.eager`` documents them one by one.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from . import eager
 from .checks import check_choice
 
-NAMES = ("grad_norm", "perturb_", "rademacher_", "hutchinson_", "update_")
+NAMES = ("grad_norm", "perturb_", "rademacher_", "hutchinson_", "block_average_", "update_")
 
 
 class Operators(Protocol):
@@ -32,6 +32,7 @@ class Operators(Protocol):
     perturb_: Callable[..., None]
     rademacher_: Callable[..., None]
     hutchinson_: Callable[..., None]
+    block_average_: Callable[..., None]
     update_: Callable[..., None]
 
 

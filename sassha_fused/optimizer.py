@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .curvature.exact import SOURCES
 from .flat import FlatState
 from .gradients import grads_of, mark_droppable, of_groups, refuse_accumulated
 from .hessian_pass import show_no_warning_of_cycles
+from .method import Method
 from .ops import check_backend
 from .parameter_state import States
 from .run import Run
@@ -25,20 +27,23 @@ from .step import Step
 
 
 class FusedOptimizer(Optimizer):
-    """An optimizer of two passes, at w and at w', whose work on the parameters is a few fused passes.
+    """An optimizer whose work on the parameters is a few fused passes, and whose gradients may be those at w'.
 
-    Members of the family derive from it, each with its constructor and its equation.
+    Members of the family derive from it, each with its constructor, its equation and its row of data.
     """
+
+    method: Method
 
     # torch's GradScaler then leaves its scale and what it found to step(), which refuses them by name.
     _step_supports_amp_scaling = True
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], hvp: str, backend: str) -> None:
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], backend: str, hvp: str = "autograd") -> None:
         check_choice("hvp", hvp, tuple(SOURCES))
         check_backend(backend)
-        check_groups([defaults])
+        method = replace(self.method, names=tuple(defaults))
+        check_groups([defaults], method)
         show_no_warning_of_cycles()
-        self._run = Run(FlatState(backend), hvp)
+        self._run = Run(FlatState(backend, method), hvp)
         super().__init__(params, defaults)
 
     # ---------------------------------------------------------------- the passes
@@ -224,7 +229,7 @@ class FusedOptimizer(Optimizer):
         try:
             for param in group["params"]:
                 check_parameter(param)
-            check_groups([self.param_groups[0], group])
+            check_groups([self.param_groups[0], group], self._run.flat.method)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -275,14 +280,14 @@ class FusedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._leave_step("a copy of the optimizer")
         publish_counts(self.param_groups, self._run.counts)
-        return {**super().__getstate__(), "_flat_state": (self._run.flat.backend, self._run.hvp)}
+        return {**super().__getstate__(), "_flat_state": (self._run.flat.backend, self._run.flat.method, self._run.hvp)}
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         if "_flat_state" in state:  # a copy, or what was pickled
-            backend, hvp = state.pop("_flat_state")
-            self._run = Run(FlatState(backend), hvp)
+            backend, method, hvp = state.pop("_flat_state")
+            self._run = Run(FlatState(backend, method), hvp)
         self.state = state.pop("state", self.state)
         super().__setstate__(state)
         for param, saved in self.state.items():

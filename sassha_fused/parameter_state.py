@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-STATES = ("step", "hessian_step", "exp_avg", "exp_hessian")
 
 
 class Edits:
@@ -81,17 +79,15 @@ def check_shape(param: Tensor, shape: torch.Size) -> None:
         raise ValueError(f"a parameter now has shape {tuple(param.shape)}, but its state has {tuple(shape)}")
 
 
-def complete_state(states: dict[Tensor, dict[str, Any]], param: Tensor) -> dict[str, Any]:
+def complete_state(states: dict[Tensor, dict[str, Any]], param: Tensor, names: Sequence[str]) -> dict[str, Any]:
     """What states holds of a parameter, beside what other people may have put there; nothing where it was emptied."""
     state = states.get(param, {})
-    missing = [name for name in STATES if name not in state]
-    if len(missing) == len(STATES):
+    missing = [name for name in names if name not in state]
+    if len(missing) == len(names):
         return {}
     if missing:
         raise ValueError(
             f"opt.state of a parameter of shape {tuple(param.shape)} has no {', '.join(missing)} any more: put it "
             "back, or empty the whole entry to have it start anew"
         )
-    for name in ("exp_avg", "exp_hessian"):
-        check_shape(param, torch.as_tensor(state[name]).shape)
     return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.utils import parametrize
 
 from .checks import DTYPES, check_gradients
+from .eager import perturbation_factors
 from .flat import Selection
 from .layout import sent, wide_dtype
 
@@ -28,14 +30,19 @@ def norm(selections: Sequence[Selection]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([_on(norms[0].device, norm) for norm in norms]))
 
 
-def perturb(selections: Sequence[Selection], moved: list[Selection]) -> Tensor:
-    """w -> w' in every bucket, w in the backup; returns N. Lists what has moved, also where a later bucket fails."""
+def perturb(selections: Sequence[Selection], moved: list[Selection], exact: bool) -> Tensor:
+    """w -> w' in every bucket, w in the backup if exact; returns N. Lists what has moved, also where a later one fails.
+
+    Selections that have exp_avg for gradients go along it; without a backup, w is worked out from w' and it.
+    """
     # perturb_ takes the norm of a single bucket itself; of several, it is taken before any of them is written.
     measure = len(selections) == 1
     total = selections[0].bucket.norm if measure else norm(selections)
     with explaining_refusals(selections):
         for selection in selections:
-            _perturb(selection, _on(selection.bucket.device, total), measure)
+            of_bucket = _on(selection.bucket.device, total)
+            _perturb(selection, of_bucket, measure, exact)
+            selection.norm = None if exact else of_bucket
             moved.append(selection)
             increment_version(selection.params)
             forget_copies()
@@ -45,15 +52,15 @@ def perturb(selections: Sequence[Selection], moved: list[Selection]) -> Tensor:
 def back_up(selections: Sequence[Selection]) -> None:
     """backup <- w, where nothing was perturbed: what perturb_ does where the norm is not finite."""
     for selection in selections:
-        _perturb(selection, torch.full_like(selection.bucket.norm, torch.inf), measure=False)
+        _perturb(selection, torch.full_like(selection.bucket.norm, torch.inf), measure=False, exact=True)
 
 
-def _perturb(selection: Selection, norm: Tensor, measure: bool) -> None:
+def _perturb(selection: Selection, norm: Tensor, measure: bool, exact: bool) -> None:
     bucket = selection.bucket
     bucket.operators.perturb_(
         selection.params,
         selection.grads,
-        bucket.backup,
+        bucket.backup if exact else None,
         selection.offsets,
         selection.rows,
         selection.layouts,
@@ -66,11 +73,21 @@ def _perturb(selection: Selection, norm: Tensor, measure: bool) -> None:
 
 @torch.no_grad()  # Ctrl-C may come just as a pass turns gradients on
 def put_back(selections: Sequence[Selection]) -> None:
-    """w' -> w, bit for bit."""
+    """w' -> w, bit for bit; to rounding, where there is no backup. Without either w is in the parameters."""
     for selection in selections:
-        if pairs := _with_backups(selection):
+        if selection.norm is not None:
+            _unperturb(selection, selection.norm)
+        elif pairs := _with_backups(selection):
             torch._foreach_copy_([param for param, _ in pairs], [backup for _, backup in pairs])
     forget_copies()
+
+
+def _unperturb(selection: Selection, norm: Tensor) -> None:
+    bucket = selection.bucket
+    factors = perturbation_factors(bucket.table.values, norm, bucket.settings).to(bucket.exp_avg.dtype)
+    for param, row in zip(selection.params, selection.rows, strict=True):
+        if param.shape == bucket.averages[row].shape:
+            param.copy_(torch.where(torch.isfinite(norm), param - factors[row] * bucket.averages[row], param))
 
 
 def _with_backups(selection: Selection) -> list[tuple[Tensor, Tensor]]:
@@ -88,11 +105,25 @@ def forget_copies() -> None:
 def swap_with_backup(selections: Sequence[Selection]) -> None:
     """Puts w in the parameters' place and w' in the backup's, or the other way round, unseen by autograd."""
     for selection in selections:
+        if selection.norm is not None:
+            _swap_without_backup(selection, selection.norm)
+            continue
         for param, backup in _with_backups(selection):
             elsewhere = param.data.clone()
             param.data.copy_(backup)
             backup.copy_(elsewhere)
     forget_copies()
+
+
+def _swap_without_backup(selection: Selection, norm: Tensor) -> None:
+    datas = [param.data for param in selection.params]
+    if selection.elsewhere is None:
+        selection.elsewhere = [data.clone() for data in datas]
+        _unperturb(replace(selection, params=datas), norm)
+    else:
+        for data, elsewhere in zip(datas, selection.elsewhere, strict=True):
+            data.copy_(elsewhere)
+        selection.elsewhere = None
 
 
 def update(
@@ -102,6 +133,7 @@ def update(
     perturbed: bool,
     backed_up: bool,
     losses: Sequence[Tensor],
+    updated: list[Selection],
 ) -> None:
     """From w to the new weights in every bucket; wrong scalars are found before one is written.
 
@@ -113,7 +145,9 @@ def update(
         perturbed: whether these gradients are those of a second pass, which nobody has looked at yet.
         backed_up: whether w is in the backup; else it is in the parameters.
         losses: of every pass.
+        updated: lists those whose update has run, also where that of a later one fails.
     """
+    averaged = [_block_average(s, p) for s, p in zip(selections, products, strict=False)]
     guards = [first_norm, *map(_guard, losses)]
     for table in [selection.bucket.table for selection in selections if selection.bucket.table.rates]:
         guards.append(table.take_in_rates())
@@ -122,26 +156,57 @@ def update(
     if not guard_grads:
         guards += [norm(selections)] if perturbed else []
         guards += [s.bucket.operators.grad_norm(p, (), None, False) for s, p in zip(selections, products, strict=False)]
+    elif any(average is not None for average in averaged):
+        guards += [
+            s.bucket.operators.grad_norm([a], (), None, False) for s, a in zip(selections, averaged) if a is not None
+        ]
     with explaining_refusals(selections):
         updates = [
-            _prepared_update(selection, products[i] if products else (), guards, guard_grads, backed_up)
+            _prepared_update(
+                selection,
+                products[i] if products and averaged[i] is None else (),
+                averaged[i] if products else None,
+                guards,
+                guard_grads,
+                backed_up,
+            )
             for i, selection in enumerate(selections)
         ]
         for selection, run in zip(selections, updates, strict=True):
             run()
+            updated.append(selection)
             increment_version(selection.params)
     forget_copies()
 
 
+def _block_average(selection: Selection, products: Sequence[Tensor]) -> Tensor | None:
+    """What D becomes by these products, where elements share it by blocks."""
+    bucket = selection.bucket
+    if bucket.block == 1 or bucket.exp_hessian is None:
+        return None
+    averaged = bucket.exp_hessian.clone()
+    bucket.operators.block_average_(
+        products, bucket.exp_hessian, averaged, selection.offsets, bucket.blocked, bucket.settings
+    )
+    return averaged
+
+
 def _prepared_update(
-    selection: Selection, products: Sequence[Tensor], guards: Sequence[Tensor], guard_grads: bool, backed_up: bool
+    selection: Selection,
+    products: Sequence[Tensor],
+    averaged: Tensor | None,
+    guards: Sequence[Tensor],
+    guard_grads: bool,
+    backed_up: bool,
 ) -> Callable[[], None]:
     bucket = selection.bucket
     arguments = (
         selection.params,
         selection.grads,
         products,
+        averaged,
         bucket.backup if backed_up else None,
+        selection.norm,
         bucket.exp_avg,
         bucket.exp_hessian,
         bucket.counts,
@@ -149,6 +214,7 @@ def _prepared_update(
         selection.offsets,
         selection.rows,
         selection.layouts,
+        bucket.blocked,
         [_on(bucket.device, guard) for guard in guards],
         guard_grads,
         bucket.table.values,

@@ -43,13 +43,14 @@ class Run:
     hvp: str
     counts: Counts = field(default_factory=Counts)
     states: States = field(default_factory=lambda: States({}))
-    accepted: AcceptedGroups = field(default_factory=AcceptedGroups)
+    accepted: AcceptedGroups = field(init=False)
     step: Step | None = None
     given_up: str | None = None
     watch: GradientWatch | None = None
     others: Sequence[Tensor] = ()
 
     def __post_init__(self) -> None:
+        self.accepted = AcceptedGroups(self.flat.method)
         self.uninterrupted = uninterrupted(self)
 
     def accept(self, groups: Groups, movable: bool) -> None:
@@ -72,7 +73,7 @@ class Run:
         """Makes the flat state without a step; the next one takes in what the groups say then."""
         self.counts.catch_up()
         self.accepted.forget()
-        self.flat = FlatState(self.flat.backend)
+        self.flat = FlatState(self.flat.backend, self.flat.method)
         self.flat.lay_out(groups, self.states)
 
     @property
@@ -83,7 +84,7 @@ class Run:
     @property
     def second_pass(self) -> bool:
         """Whether this step's batch has been through the network once, at w, and now goes through it at w'."""
-        return self.perturbed
+        return self.step is not None and self.step.is_second_pass
 
     def back_at_w(self) -> AbstractContextManager[None]:
         """While the handler of a signal runs the weights are w; afterwards they are where they were."""
@@ -92,12 +93,14 @@ class Run:
     def hessian_is_coming(self, groups: Groups) -> bool:
         """Whether the coming step is a Hessian step, as far as can be told before its first pass.
 
-        Of a step that is not perturbed the first pass is the only one, and any trained parameter may get a gradient.
+        Where a step has one pass alone, any trained parameter may get a gradient in it.
         """
         if self.counts.next_is_scheduled(groups[0]):
             return True
-        single = is_single(groups)
-        params = [p for p in of_groups(groups) if (p.requires_grad if single else p.grad is not None)]
+        if not self.flat.method.takes_hessian:
+            return False
+        only = is_single(groups) or self.flat.method.along_momentum(groups[0])
+        params = [p for p in of_groups(groups) if (p.requires_grad if only else p.grad is not None)]
         return self.flat.lacks_hessian(params)
 
     @contextmanager

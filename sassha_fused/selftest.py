@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from . import eager
 from .bucket import Bucket, Member
 from .checks import DTYPES
 from .layout import view_of
+from .method import Method
 from .ops import Operators, available_backends, operators
 
 # Around the vectors, tiles and blocks of the kernels, and nothing at all.
@@ -70,9 +72,10 @@ class _Case:
         # Of two groups, as every other parameter of the optimizer may be.
         groups = (HYPERPARAMETERS, {**HYPERPARAMETERS, "lr": 0.05, "weight_decay": 0.0, "rho": 0.5})
         members = [Member(p, groups[i % 2], start) for i, (p, start) in enumerate(zip(params, starts, strict=True))]
-        self.bucket = Bucket(members, [{} for _ in members], "eager")
+        self.bucket = Bucket(members, [{} for _ in members], "eager", Method())
         self.bucket.exp_avg.copy_(random(self.bucket.exp_avg.numel()).float())
-        self.bucket.exp_hessian.copy_(random(self.bucket.exp_hessian.numel()).float().abs())
+        self.exp_hessian = cast(Tensor, self.bucket.exp_hessian)
+        self.exp_hessian.copy_(random(self.exp_hessian.numel()).float().abs())
         self.bucket.counts.fill_(3)
 
 
@@ -112,7 +115,7 @@ def _rademacher(case: _Case, backend: Operators) -> list[Tensor]:
 
 def _hutchinson(case: _Case, backend: Operators) -> list[Tensor]:
     bucket = case.bucket
-    estimate = torch.zeros_like(bucket.exp_hessian)
+    estimate = torch.zeros_like(bucket.exp_avg)
     for sample in range(3):
         backend.hutchinson_(case.products, estimate, bucket.offsets, bucket.indices, 5, bucket.evaluation, sample, 3)
     return [estimate]
@@ -130,7 +133,9 @@ def _update(hessian: bool, spoilt: bool = False) -> Callable[[_Case, Operators],
             bucket.params,
             case.grads,
             case.products if hessian else [],
+            None,
             bucket.backup,
+            None,
             bucket.exp_avg,
             bucket.exp_hessian,
             bucket.counts,
@@ -138,12 +143,13 @@ def _update(hessian: bool, spoilt: bool = False) -> Callable[[_Case, Operators],
             bucket.offsets,
             bucket.rows,
             bucket.layouts,
+            bucket.blocked,
             guards,
             True,
             bucket.table.values,
             bucket.settings,
         )
-        return [*bucket.params, bucket.exp_avg, bucket.exp_hessian, bucket.counts, bucket.skipped]
+        return [*bucket.params, bucket.exp_avg, case.exp_hessian, bucket.counts, bucket.skipped]
 
     return run
 

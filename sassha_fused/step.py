@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from . import passes
-from .accepted_groups import lr_of, values_of
+from .accepted_groups import lr_of
 from .counts import StepTaken
 from .curvature.of_step import Curvature, at_w_prime, release_graphs, take_products
 from .flat import Groups, Selection, with_gradients
@@ -28,7 +28,7 @@ def accept_edited(run: Run, groups: Groups, movable: bool) -> None:
     """Checks and takes in groups that somebody has edited; movable: whether the state may be laid out anew."""
     known, edited = run.accepted, True
     with suppress(KeyError, RuntimeError, ValueError):  # where one is gone, or is a tensor without one truth value
-        values = list(map(values_of, groups))
+        values = list(map(known.method.values_of, groups))
         if movable:
             ones, others = map(chain.from_iterable, (values, known.values))
             edited = len(values) != len(known.values) or not all(map(is_, ones, others))
@@ -51,7 +51,8 @@ class Step:
 
         w --perturb--> w' --second pass, products--> w' --restore--> w --update--> the next w
 
-    With rho 0 in every group the first pass is the only one, and w' is w.
+    With rho 0 in every group the first pass is the only one, and w' is w. Along exp_avg there is no first pass, and
+    the one at w' is the only one.
 
     Attributes:
         groups: the optimizer's.
@@ -64,6 +65,8 @@ class Step:
         self.groups = groups
         accept_edited(run, groups, movable=True)
         self._single = run.accepted.single
+        self._exact = bool(groups[0].get("exact_restore", True))
+        self._along_momentum = run.flat.method.along_momentum(groups[0]) and not self._single
         self.perturbed = False
         self.curvature: Curvature | None = None
         self._moved: list[Selection] = []
@@ -80,13 +83,20 @@ class Step:
 
     def begin(self) -> None:
         """Before the first pass of a closure: where it is the only one, it may need a graph already."""
-        if self._single and self._run.hessian_is_coming(self.groups):
+        if self._along_momentum:
+            self.perturb()
+        elif self._single and self._run.hessian_is_coming(self.groups):
             self.make_curvature()
 
     def make_curvature(self, kind: type[Curvature] = Curvature) -> None:
         """The coming pass is that of a Hessian step."""
         with self._run.uninterrupted:
             self.curvature = kind(self._run, self.groups, self._moved)
+
+    @property
+    def is_second_pass(self) -> bool:
+        """Whether this step's batch has been through the network once, at w, and now goes through it at w'."""
+        return self.perturbed and not self._along_momentum
 
     @property
     def awaits_products(self) -> bool:
@@ -98,17 +108,20 @@ class Step:
         if self.curvature is not None and not self.curvature.taken:
             self._run.others = ()
             return building_graphs(partial(self.curvature.around_backward, self))
-        return set_aside(self._run.others) if self.perturbed else nullcontext()
+        return set_aside(self._run.others) if self.is_second_pass else nullcontext()
 
     def arrive(self) -> bool:
         """Takes in the gradients of a pass; whether another one is needed."""
-        if self._moved or self._single:
+        if self._moved or self._single or self._along_momentum:
             return False
         self.perturb()
         return self.perturbed
 
     def perturb(self) -> None:
-        """w -> w' by the gradients in .grad, which are cleared; then this step knows whether it is a Hessian step."""
+        """w -> w' by the gradients in .grad, which are cleared; then this step knows whether it is a Hessian step.
+
+        Along exp_avg it needs no gradients, and leaves alone what is there.
+        """
         run = self._run
         try:
             with run.uninterrupted:
@@ -121,7 +134,7 @@ class Step:
                 self.make_curvature()
             for selection in self._moved:
                 selection.grads = ()
-                for param in selection.params:
+                for param in () if self._along_momentum else selection.params:
                     param.grad = None
             self._versions = _versions_of(self._moved)
         except BaseException:
@@ -134,7 +147,7 @@ class Step:
         if not selections:
             return None
         try:
-            return passes.perturb(selections, self._moved)
+            return passes.perturb(selections, self._moved, self._exact)
         finally:
             if self._moved:
                 self.perturbed = True
@@ -168,13 +181,15 @@ class Step:
         products = self.curvature.products_of(selections) if self.curvature is not None else ()
         with self._run.uninterrupted:
             self._put_back_all_but(selections)
-            backed_up = self._moved
-            if not backed_up and len(selections) > 1:  # the update of one may go through before another's fails
-                passes.back_up(backed_up := selections)
+            backed_up = bool(self._moved) and self._exact
+            if not self._moved and len(selections) > 1:  # the update of one may go through before another's fails
+                passes.back_up(selections)
+                backed_up = True
+            updated: list[Selection] = []
             try:
-                passes.update(selections, products, self._norm, bool(self._moved), bool(backed_up), losses)
+                passes.update(selections, products, self._norm, bool(self._moved), backed_up, losses, updated)
             except BaseException:
-                self.put_back(backed_up)
+                self.put_back((self._moved or selections) if backed_up else selections[len(updated) :])
                 self.perturbed = False
                 # Should one bucket's update have gone through before another's failed, its state knows its counts.
                 self._run.flat.forget()
@@ -202,6 +217,8 @@ class Step:
                 "step() found no parameter with a gradient in both passes: between perturb() and step() the second "
                 "backward is missing, or it reached other parameters than the first. restore() gives a step up"
             )
+        if self._along_momentum:
+            refuse_used(_telling_grads(selections), "step()")
         return selections
 
     def _at_w(self, selections: list[Selection]) -> list[Selection]:
@@ -233,6 +250,8 @@ class Step:
                 if self.perturbed:  # not where a handler has raised, and so has left w
                     self.put_back(self._moved)
                     self._versions = _versions_of(self._moved)
+                    for selection in self._moved:
+                        selection.norm = None  # w is in the parameters again
                 self.perturbed = False
             if over:
                 self.end()

@@ -13,7 +13,7 @@ from .exact import HessianSource
 
 
 def estimate(
-    source: HessianSource, selections: Sequence[Selection], samples: int, seed: int, keep_graph: bool
+    source: HessianSource, selections: Sequence[Selection], samples: int, seed: int, keeps_sign: bool, keep_graph: bool
 ) -> list[Sequence[Tensor]]:
     r"""Hutchinson's estimate :math:`\frac1S \sum_s z_s \cdot H z_s` of the Hessian's diagonal.
 
@@ -22,14 +22,16 @@ def estimate(
         selections: the parameters, with their gradients; the buckets know the index of this evaluation.
         samples: S, the number of probes.
         seed: key of the random signs.
+        keeps_sign: whether the second average is of H itself, not of |H| or H^2.
         keep_graph: whether somebody else needs the gradients' graph afterwards.
 
     Returns:
-        For each selection one tensor per parameter, of its shape. With S = 1 the sign is left off: |z Hz| = |Hz|.
+        For each selection one tensor per parameter, of its shape. With S = 1 the sign is left off where none is needed:
+        |z Hz| = |Hz|.
     """
-    if samples == 1:
+    if samples == 1 and not keeps_sign:
         return _sample(source, selections, seed, 0, keep_graph)
-    means = [torch.empty_like(selection.bucket.exp_hessian) for selection in selections]
+    means = [torch.empty_like(selection.bucket.exp_avg) for selection in selections]
     for sample in range(samples):
         products = _sample(source, selections, seed, sample, keep_graph or sample < samples - 1)
         for selection, mean, found in zip(selections, means, products, strict=True):

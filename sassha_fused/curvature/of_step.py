@@ -80,7 +80,7 @@ class Curvature:
         others = [leaf for leaf in leaves_of(nodes) if leaf not in about]
         self._run.others = [*self._run.others, *(leaf for leaf in others if isinstance(leaf, Parameter))]
         try:
-            with warning_of_constants(nodes), set_aside(others) if step.perturbed else nullcontext():
+            with warning_of_constants(nodes), set_aside(others) if step.is_second_pass else nullcontext():
                 yield
         finally:
             detach(others)
@@ -114,7 +114,8 @@ class Curvature:
                 self.number_evaluation()
                 samples, seed = (int(self._groups[0][name]) for name in ("hessian_samples", "seed"))
                 with passes.explaining_refusals(selections), twice_differentiable():
-                    products = estimate(SOURCES[self._run.hvp], selections, samples, seed, keep_graph)
+                    keeps_sign = self._run.flat.method.second_average == "signed"
+                    products = estimate(SOURCES[self._run.hvp], selections, samples, seed, keeps_sign, keep_graph)
             self.products, self.taken = products, True
             self.end()
             self._took_part = [selection.with_grads(()) for selection in selections]

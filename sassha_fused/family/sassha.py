@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..method import Method
 from ..optimizer import FusedOptimizer
 
 
@@ -60,6 +61,8 @@ class Sassha(FusedOptimizer):
         hessian_warmup: so many steps at the start are all Hessian steps.
         hessian_samples: S, probes per evaluation.
         hessian_power: :math:`\alpha` in (0, 1].
+        hessian_block: of parameters of two or more dimensions so many elements in a row, in the order of memory, share
+            one number of D: :math:`|H|` is averaged over them first. A power of 2 up to 128; fixed once there is state.
         hvp: source of the Hessian products: ``"autograd"``, exact, by double backward.
         bias_correction: ``"step"`` as above, as published; ``"update"``: :math:`c_2 = 1 - \beta_2^n`, n counting the
             Hessian updates; ``"none"``: :math:`c_1 = c_2 = 1`, as the authors' code for GPT-2.
@@ -75,6 +78,8 @@ class Sassha(FusedOptimizer):
         Approximation. ICML 2025, arXiv 2502.18153.
     """
 
+    method = Method()
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -89,6 +94,7 @@ class Sassha(FusedOptimizer):
         hessian_warmup: int = 0,
         hessian_samples: int = 1,
         hessian_power: float = 0.5,
+        hessian_block: int = 1,
         hvp: str = "autograd",
         bias_correction: str = "step",
         maximize: bool = False,
@@ -106,8 +112,9 @@ class Sassha(FusedOptimizer):
             "hessian_warmup": hessian_warmup,
             "hessian_samples": hessian_samples,
             "hessian_power": hessian_power,
+            "hessian_block": hessian_block,
             "bias_correction": bias_correction,
             "maximize": maximize,
             "seed": seed,
         }
-        super().__init__(params, defaults, hvp, backend)
+        super().__init__(params, defaults, backend, hvp)

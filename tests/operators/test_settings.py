@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sassha_fused import Sassha, checks
+from sassha_fused.method import Method
 from sassha_fused.settings import RowSettings, Settings
 from tests.support.backends import each_backend_with, operators_of
 from tests.support.calls import HYPER, arguments_of, run
@@ -36,7 +37,7 @@ def test_the_numbers_of_a_group_come_in_their_places() -> None:
         "maximize": False,
         "bias_correction": "none",
     }
-    assert Settings.of(group)._asdict() == {
+    assert Method().settings_of(group)._asdict() == {
         "beta1": 0.25,
         "beta2": 0.5,
         "eps": 2.0,
@@ -44,6 +45,13 @@ def test_the_numbers_of_a_group_come_in_their_places() -> None:
         "adaptive": 1.0,
         "maximize": 0.0,
         "bias_correction": float(checks.BIAS_CORRECTIONS.index("none")),
+        "ascent": 0.0,
+        "second_average": 0.0,
+        "direction": 0.0,
+        "clip_threshold": 0.0,
+        "dampening": 0.0,
+        "nesterov": 0.0,
+        "hessian_block": 1.0,
     }
     assert RowSettings.of(group) == (1.0, 3.0, 4.0)
     assert RowSettings.of({**group, "lr": torch.tensor(1.0)}) == (0.0, 3.0, 4.0)

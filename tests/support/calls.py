@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sassha_fused.layout import layouts_of
+from sassha_fused.method import Method
 from sassha_fused.settings import Settings
 from tests.support.backends import device_of, evaluation_on, operators_of
 from tests.support.cases import Case, Spec, compute_dtype, make_case
@@ -28,13 +29,19 @@ HYPER: dict[str, Any] = {
 POWERS = (0.5, 1.0, 0.7)
 
 
+def settings_of(hyper: dict[str, Any]) -> Settings:
+    """Those of a parameter group, of the method that it names, Sassha unless it does."""
+    settings: Settings = hyper.get("method", Method()).settings_of(hyper)
+    return settings
+
+
 def numbers_of(on: Case, hyper: dict[str, Any]) -> dict[str, Any]:
     """What hyper is to an operator; lr, weight_decay and rho may be tensors with a value for each parameter."""
     # What no parameter of the list has a row of must not matter.
     per_row = torch.full((len(on.steps), 3), torch.nan, dtype=torch.float64)
     for column, name in enumerate(("lr", "weight_decay", "rho")):
         per_row[on.rows, column] = torch.as_tensor(hyper[name], dtype=torch.float64)
-    return {"per_row": per_row.to(on.backup.device), "settings": list(Settings.of(hyper))}
+    return {"per_row": per_row.to(on.backup.device), "settings": list(settings_of(hyper))}
 
 
 def update_arguments(
@@ -44,13 +51,16 @@ def update_arguments(
     guards: Sequence[Tensor] = (torch.tensor(1.0),),
     guard_grads: bool = False,
     backup: bool = True,
+    **others: Any,
 ) -> dict[str, Any]:
     """The arguments of update_, which no other place of the tests spells out."""
-    return {
+    arguments = {
         "params": on.params,
         "grads": on.grads,
         "products": on.products if hessian else [],
+        "averaged": None,
         "backup": on.backup if backup else None,
+        "norm": None,
         "exp_avg": on.exp_avg,
         "exp_hessian": on.exp_hessian,
         "steps": on.steps,
@@ -58,10 +68,13 @@ def update_arguments(
         "offsets": on.offsets,
         "rows": on.rows,
         "layouts": layouts_of(on.params),
+        "blocked": 0,
         "guards": [guard.to(on.backup.device) for guard in guards],
         "guard_grads": guard_grads,
         **numbers_of(on, hyper),
     }
+    assert others.keys() <= arguments.keys()
+    return arguments | others
 
 
 def arguments_of(name: str, case: Case, hyper: dict[str, Any] = HYPER, **changes: Any) -> dict[str, Any]:
@@ -96,6 +109,14 @@ def arguments_of(name: str, case: Case, hyper: dict[str, Any] = HYPER, **changes
             "evaluation": torch.tensor(2, device=device),
             "sample": 1,
             "samples": 3,
+        },
+        "block_average_": {
+            "products": case.products,
+            "exp_hessian": case.exp_hessian,
+            "averaged": case.estimate,
+            "offsets": case.offsets,
+            "blocked": 0,
+            "settings": list(settings_of(hyper)),
         },
         "update_": update_arguments(case, hyper),
     }

@@ -277,7 +277,7 @@ class Recorder:
                 self.products[param] = product.detach().clone()
             operators.update_(params, grads, products, *rest)
 
-        names = ("grad_norm", "perturb_", "rademacher_", "hutchinson_")
+        names = ("grad_norm", "perturb_", "rademacher_", "hutchinson_", "block_average_")
         return SimpleNamespace(update_=update_, **{name: getattr(operators, name) for name in names})
 
 

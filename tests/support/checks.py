@@ -48,9 +48,24 @@ def check_standstill(backend: str, before: Case, norm: float, measure: bool, ada
     assert not math.isfinite(float(scalar))
 
 
-def check_update(backend: str, before: Case, hessian: bool, backup: bool = True, **changes: Any) -> None:
-    """lr and weight_decay may have a value for each parameter. Without backup the step is from what is in params."""
-    hyper = {**HYPER, **changes}
+def check_update(
+    backend: str,
+    before: Case,
+    hessian: bool,
+    backup: bool = True,
+    *,
+    hyper: dict[str, Any] = HYPER,
+    formula: dict[str, Any] | None = None,
+    second: bool | None = None,
+    **changes: Any,
+) -> None:
+    """lr and weight_decay may have a value for each parameter. Without backup the step is from what is in params.
+
+    formula: what hyper is to the formula, where it has other words for it. second: whether the step writes D, where
+    it does so without products.
+    """
+    hyper = {**hyper, **changes}
+    second = hessian if second is None else second
     after = update(backend, before, hyper, hessian, backup=backup)
     counts = before.steps[before.rows]
     t, e = (
@@ -59,22 +74,24 @@ def check_update(backend: str, before: Case, hessian: bool, backup: bool = True,
     m, D = (torch.cat(before.parts(flat)) for flat in (before.exp_avg, before.exp_hessian))
     w = torch.cat(before.parts(before.backup)) if backup else before.in_order(before.params)
     grads, products = before.in_order(before.grads), before.in_order(before.products) if hessian else None
-    of_update = {name: value for name, value in hyper.items() if name not in ("rho", "adaptive")}
+    words = hyper if formula is None else formula
+    of_update = {name: value for name, value in words.items() if name not in ("rho", "adaptive", "method")}
     of_elements = {k: before.per_element(v) if isinstance(v, Tensor) else v for k, v in of_update.items()}
     exact = formula_update(w, grads, products, m, D, t, e, **of_elements)
-    ulps = UPDATE_ULPS if hyper["hessian_power"] in (0.5, 1.0) else GENERAL_POWER_ULPS
+    ulps = UPDATE_ULPS if words["hessian_power"] in (0.5, 1.0) else GENERAL_POWER_ULPS
+    squares = words.get("second") in ("square", "gradient")
     assert_rounded(after.params, exact.w, exact.w_largest, ulps)
     assert_rounded(after.parts(after.exp_avg), exact.m, exact.m_largest, AVERAGE_ULPS)
-    assert_rounded(after.parts(after.exp_hessian), exact.D, exact.D_largest, AVERAGE_ULPS)
+    assert_rounded(after.parts(after.exp_hessian), exact.D, exact.D_largest, AVERAGE_ULPS + squares)
     expected = [
-        [t + 1, (t if hyper["bias_correction"] == "step" else e) + 1 if hessian else e] for t, e in counts.tolist()
+        [t + 1, (t if words["bias_correction"] == "step" else e) + 1 if second else e] for t, e in counts.tolist()
     ]
     assert after.steps[before.rows].tolist() == expected
     others = [row for row in range(len(before.steps)) if row not in set(before.rows)]
     assert_same_bits(after.steps[others], before.steps[others], "the counts of other parameters")
     assert after.skipped.tolist() == [0]
     # On a lazy step not one bit of D may change.
-    written = ("params", "exp_avg", "steps", "skipped") + (("exp_hessian",) if hessian else ())
+    written = ("params", "exp_avg", "steps", "skipped") + (("exp_hessian",) if second else ())
     assert_untouched(after, before, except_for=written)
 
 

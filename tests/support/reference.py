@@ -415,6 +415,8 @@ def formula_update(
     hessian_power: float,
     bias_correction: str = "step",
     maximize: bool = False,
+    second: str = "absolute",
+    clip_threshold: float | None = None,
 ) -> Updated:
     """The state after one step from the restored w, the second gradient g and, on a Hessian step, the estimate H.
 
@@ -422,19 +424,30 @@ def formula_update(
     w (1 - eta lambda), c m and, since m is a sum itself, c beta1 m and c (1 - beta1) g. The sum counts as well: where
     it passes into the next binade, the nearest float alone is a whole ulp of its terms away. With bias_correction
     "none", c1 = c2 = 1; the counters go on as with "update".
+
+    second: what D averages of H: "absolute", "square", "signed"; or "gradient", the square of g, in every step. With a
+    clip_threshold gamma the step is eta clip(m / (gamma max(D, 0) + e), -1, 1).
     """
     w, g, m, D = w.double(), g.double(), m.double(), D.double()
     beta1, beta2 = betas
     t += 1
     D_terms = [D]
+    if second == "gradient":
+        H = g
     if H is not None:
-        D_terms = [beta2 * D, (1 - beta2) * H.double().abs()]
+        H = H.double()
+        averaged = {"absolute": H.abs(), "signed": -H if maximize else H}.get(second, H.square())
+        D_terms = [beta2 * D, (1 - beta2) * averaged]
         e = t if bias_correction == "step" else e + 1
     new_D = torch.stack(D_terms).sum(0)
     m_terms = [beta1 * m, (1 - beta1) * (-g if maximize else g)]
     new_m = m_terms[0] + m_terms[1]
     c1, c2 = (1.0, 1.0) if bias_correction == "none" else (1 - beta1**t, 1 - beta2**e)
-    c = lr / c1 / ((new_D / c2).pow(hessian_power) + eps)
+    if clip_threshold is None:
+        denominator = (new_D / c2).pow(hessian_power) + eps
+    else:  # at least |m|: the quotient is clipped
+        denominator = torch.maximum(clip_threshold * new_D.clamp(min=0) + eps, new_m.abs())
+    c = lr / c1 / denominator
     decayed = w * (1 - lr * weight_decay)
     new_w = decayed - c * new_m
     return Updated(
@@ -447,6 +460,37 @@ def formula_update(
         _largest(*m_terms),
         _largest(*D_terms),
     )
+
+
+def formula_plain(
+    w: Tensor,
+    g: Tensor,
+    m: Tensor,
+    t: int,
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    maximize: bool,
+) -> Updated:
+    """The state after one step of torch.optim.SGD with a momentum buffer, which is 0 before its first step."""
+    w, g, m = w.double(), g.double(), m.double()
+    terms = [-g if maximize else g, weight_decay * w]
+    g = terms[0] + terms[1]
+    weight = torch.where(torch.as_tensor(t) == 0, 1.0, 1.0 - dampening)
+    m_terms = [momentum * m, *(weight * term for term in terms)]
+    new_m = torch.stack(m_terms).sum(0)
+    step = lr * (g + momentum * new_m if nesterov else new_m)
+    w_terms = [w, step, *(lr * term for term in (*m_terms, *terms))]
+    D = torch.zeros_like(w)
+    return Updated(w - step, new_m, D, t + 1, 0, _largest(w - step, *w_terms), _largest(*m_terms, *terms), D)
+
+
+def formula_blocks(H: Tensor, block: int) -> Tensor:
+    """The mean of |H| over each block of consecutive elements, the last block as long as it is; in float64."""
+    return torch.stack([part.double().abs().mean() for part in H.flatten().split(block)]) if len(H) else H.double()
 
 
 def _largest(*terms: Tensor) -> Tensor:
