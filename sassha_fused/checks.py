@@ -24,7 +24,8 @@ BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # They belong to the schedule, to the random signs and to where the passes are taken, which are the optimizer's.
-SHARED = ("hessian_interval", "hessian_warmup", "hessian_samples", "seed", "ascent", "exact_restore")
+SCHEDULE = ("hessian_interval", "hessian_warmup", "hessian_samples", "seed")
+SHARED = (*SCHEDULE, "ascent", "exact_restore")
 
 
 def _is_number(value: Any) -> bool:

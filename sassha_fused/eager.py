@@ -272,7 +272,7 @@ def _rows_of(
     none = torch.zeros_like(lr)
     perturbations = (none if norm is None else perturbation_factors(own, norm, settings)).to(dtype)
     if DIRECTIONS[int(settings.direction)] == "plain":
-        columns = (weight_decay, lr, torch.where(step == 1, 1.0, 1.0 - settings.dampening).to(lr.dtype))
+        columns = (weight_decay, lr, torch.where(step == 1, 1.0, torch.full_like(lr, 1.0 - settings.dampening)))
     else:
         c1 = c2 = torch.ones_like(lr)
         if BIAS_CORRECTIONS[int(settings.bias_correction)] != "none":

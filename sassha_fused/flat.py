@@ -123,11 +123,12 @@ class FlatState:
     Attributes:
         method: the optimizer's.
         buckets: where the state lies.
+        of_trained: whether steps go along exp_avg, and what is trained has state before it has a gradient.
         laid_out: whether it lies as groups and states asked for when it was last looked at.
     """
 
     def __init__(self, backend: str, method: Method) -> None:
-        self.backend, self.method = backend, method
+        self.backend, self.method, self.of_trained = backend, method, False
         self.buckets: list[Bucket] = []
         self.forget()
 
@@ -140,26 +141,28 @@ class FlatState:
         self._params: list[Tensor] = []
         self._last: dict[Bucket, Selection] = {}
 
-    def select(self, groups: Groups, states: States, catch_up: Callable[[], int]) -> list[Selection]:
+    def select(
+        self, groups: Groups, states: States, catch_up: Callable[[], int], with_averages: bool = False
+    ) -> list[Selection]:
         """The parameters that have a gradient, by bucket; the first gradient gives a parameter its state.
 
-        Where steps go along exp_avg: those that are trained, with exp_avg; to be trained gives a parameter its state.
+        with_averages: those that are trained instead, with exp_avg for gradients.
 
         The operators find a parameter that has another shape, strides, dtype or device than the others or than its
         state, but not that the first has another dtype or device than the state. catch_up brings the host's counts up
         to date, which may wait for the device: done only where they are needed.
         """
         outdated = self.is_outdated(groups, states)
-        selections = [] if outdated else self._chosen(groups)
+        selections = [] if outdated else self._chosen(with_averages)
         firsts = [(s.params[0], s.bucket) for s in selections]
         if outdated or any(p.dtype != b.dtype or p.device != b.device for p, b in firsts):
             catch_up()
             self.lay_out(groups, states)
-            selections = self._chosen(groups)
+            selections = self._chosen(with_averages)
         return selections
 
-    def _chosen(self, groups: Groups) -> list[Selection]:
-        if self.method.along_momentum(groups[0]):
+    def _chosen(self, with_averages: bool) -> list[Selection]:
+        if with_averages:
             return [found for bucket in self.buckets if (found := Selection.of(bucket).trained()).params]
         selected = [Selection.of(bucket).with_gradients(self._last.get(bucket)) for bucket in self.buckets]
         self._last = {selection.bucket: selection.with_grads(()) for selection in selected}
@@ -175,6 +178,7 @@ class FlatState:
             raise ValueError(
                 "opt.param_groups was replaced between perturb() and step(): do it before or after these two"
             )
+        self.of_trained = self.method.along_momentum(groups[0])
         agree = [bucket.take_in_groups() for bucket in self.buckets]
         if all(agree):
             kinds = {(bucket.device, bucket.dtype, bucket.settings) for bucket in self.buckets}
@@ -193,16 +197,15 @@ class FlatState:
         return (
             not self.laid_out
             or states.edits.made
-            or any(map(self._wants_state(groups), self._stateless))
+            or any(map(self._wants_state, self._stateless))
             or not _same(groups, self._groups)
             or list(map(len, map(_params, groups))) != self._lengths
             or not all(map(is_, chain.from_iterable(map(_params, groups)), self._params))
         )
 
-    def _wants_state(self, groups: Groups) -> Callable[[Tensor], bool]:
-        """What gives a parameter its state: its first gradient, or where steps go along exp_avg that it is trained."""
-        trained = bool(groups) and self.method.along_momentum(groups[0])
-        return lambda param: param.requires_grad if trained else param.grad is not None
+    def _wants_state(self, param: Tensor) -> bool:
+        """Its first gradient gives a parameter its state, or where steps go along exp_avg that it is trained."""
+        return param.requires_grad if self.of_trained else param.grad is not None
 
     def is_current(self) -> bool:
         """Whether every parameter still is as its state was made."""
@@ -231,6 +234,7 @@ class FlatState:
                 parameter that has state has another bias correction or hessian_block than before.
         """
         known = {p: row not in b.without_hessian for b in self.buckets for row, p in enumerate(b.params)}
+        self.of_trained = bool(groups) and self.method.along_momentum(groups[0])
         before = {p: b.settings for b in self.buckets for p in b.params}
         edited = states.edits.made
         made: list[Bucket] = []
@@ -284,11 +288,10 @@ class FlatState:
         """
         index = 0
         members: dict[tuple[torch.device, torch.dtype, Settings], list[Member]] = defaultdict(list)
-        wants_state = self._wants_state(groups)
         for group in groups:
             settings = self.method.settings_of(group)
             for param in dict.fromkeys(group["params"]):
-                if param not in saved and not wants_state(param):
+                if param not in saved and not self._wants_state(param):
                     stateless.append(param)
                 else:
                     if param not in saved:

@@ -99,7 +99,7 @@ class Run:
             return True
         if not self.flat.method.takes_hessian:
             return False
-        only = is_single(groups) or self.flat.method.along_momentum(groups[0])
+        only = is_single(groups) or self.flat.of_trained
         params = [p for p in of_groups(groups) if (p.requires_grad if only else p.grad is not None)]
         return self.flat.lacks_hessian(params)
 

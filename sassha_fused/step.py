@@ -66,7 +66,7 @@ class Step:
         accept_edited(run, groups, movable=True)
         self._single = run.accepted.single
         self._exact = bool(groups[0].get("exact_restore", True))
-        self._along_momentum = run.flat.method.along_momentum(groups[0]) and not self._single
+        self._along_momentum = run.flat.of_trained and not self._single
         self.perturbed = False
         self.curvature: Curvature | None = None
         self._moved: list[Selection] = []
@@ -125,7 +125,7 @@ class Step:
         run = self._run
         try:
             with run.uninterrupted:
-                self._norm = self._with_current(self._perturb)
+                self._norm = self._with_current(self._perturb, self._along_momentum)
             if not self._moved:
                 return self.end()
             # Only now: the device has this step's first pass to work on while the host waits for the step before.
@@ -153,17 +153,17 @@ class Step:
                 self.perturbed = True
                 at_w_prime.steps.add(self)
 
-    def _with_current(self, act: Callable[[list[Selection]], Any]) -> Any:
-        """What act makes of the parameters that have a gradient, where they are and as they are now."""
+    def _with_current(self, act: Callable[[list[Selection]], Any], with_averages: bool = False) -> Any:
+        """What act makes of what FlatState.select() finds, where the parameters are and as they are now."""
         run, flat = self._run, self._run.flat
         try:
-            return act(flat.select(self.groups, run.states, run.counts.catch_up))
+            return act(flat.select(self.groups, run.states, run.counts.catch_up, with_averages))
         except (RuntimeError, TypeError, ValueError):
             if self._moved or not flat.laid_out or flat.is_current():
                 raise
         # A part of the model has moved to another device or dtype, and its state moves along.
         flat.forget()
-        return act(flat.select(self.groups, run.states, run.counts.catch_up))
+        return act(flat.select(self.groups, run.states, run.counts.catch_up, with_averages))
 
     # ---------------------------------------------------------------- the way back
 
@@ -189,7 +189,8 @@ class Step:
             try:
                 passes.update(selections, products, self._norm, bool(self._moved), backed_up, losses, updated)
             except BaseException:
-                self.put_back((self._moved or selections) if backed_up else selections[len(updated) :])
+                without = [s for s in selections[len(updated) :] if s.norm is not None]
+                self.put_back((self._moved or selections) if backed_up else without)
                 self.perturbed = False
                 # Should one bucket's update have gone through before another's failed, its state knows its counts.
                 self._run.flat.forget()

@@ -22,8 +22,9 @@ from sassha_fused.ops import Operators, operators
 from sassha_fused.settings import Settings
 from tests.support.backends import BACKENDS
 from tests.support.calls import HYPER
+from tests.support.formulas import formula_perturb
 from tests.support.problems import STYLES, assert_same
-from tests.support.reference import formula_perturb, signs
+from tests.support.reference import signs
 
 pytestmark = [
     pytest.mark.gpu,

@@ -25,7 +25,8 @@ from tests.support.calls import HYPER, arguments_of, run_rademacher, run_update
 from tests.support.cases import Spec, assert_same_bits, assert_same_case, each_dtype, make_case
 from tests.support.checks import check_perturb, check_update
 from tests.support.emulation import ROOT
-from tests.support.reference import signs, ulp
+from tests.support.formulas import ulp
+from tests.support.reference import signs
 
 pytestmark = pytest.mark.slow
 on_the_cpu = pytest.mark.skipif(BACKENDS["triton"] != "cpu", reason="Triton is not interpreted here")

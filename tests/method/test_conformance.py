@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sassha_fused import Sassha
+from sassha_fused.optimizer import FusedOptimizer
 from tests.support.backends import BACKENDS, each_backend_and, each_quick_backend
 from tests.support.network import (
     COMMON,
@@ -63,9 +64,10 @@ def check_trajectory(
     expected: Trajectory,
     kind: type[Network] = Network,
     floor: float = 1e-14,
+    member: type[FusedOptimizer] = Sassha,
 ) -> None:
     network = kind(torch.float64, BACKENDS[backend])
-    optimizer = Sassha(groups(network), backend=backend, **options)
+    optimizer = member(groups(network), backend=backend, **options)
     for step, reference in enumerate(expected[: steps_of(backend)]):
         optimizer.step(lambda: network.loss(step))
         found = snapshot(optimizer)

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.formulas import formula_norm, formula_perturb, formula_update, ulp
 from tests.support.quadratic import assert_bitwise
-from tests.support.reference import ReferenceSassha, formula_norm, formula_perturb, formula_update, ulp
+from tests.support.reference import ReferenceSassha
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -22,6 +22,7 @@ from tests.support.cases import (
     each_dtype,
     flat_of,
 )
+from tests.support.formulas import formula_norm, formula_perturb, formula_update
 from tests.support.network import (
     COMMON,
     Groups,
@@ -32,14 +33,7 @@ from tests.support.network import (
     steps_of,
 )
 from tests.support.problems import single_threaded
-from tests.support.reference import (
-    formula_norm,
-    formula_perturb,
-    formula_update,
-    from_memory_order,
-    memory_order,
-    signs,
-)
+from tests.support.reference import from_memory_order, memory_order, signs
 
 one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
 

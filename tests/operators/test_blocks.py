@@ -16,8 +16,8 @@ from sassha_fused.layout import block_index
 from tests.support.backends import BASELINE, device_of, each_backend_with
 from tests.support.calls import HYPER, POWERS, run, update
 from tests.support.cases import DTYPES, Case, Spec, assert_rounded, assert_same_bits, compute_dtype, make_case
+from tests.support.formulas import formula_blocks
 from tests.support.lists import shorter
-from tests.support.reference import formula_blocks
 
 BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128)
 SIZES = (1, 2, 3, 5, 31, 33, 64, 127, 128, 129, 200, 257, 1000, 4099, 17_001)

@@ -27,8 +27,9 @@ from tests.support.cases import (
     many,
 )
 from tests.support.checks import check_update
+from tests.support.formulas import formula_perturb, formula_plain
 from tests.support.lists import listed_case
-from tests.support.reference import formula_perturb, formula_plain, memory_order
+from tests.support.reference import memory_order
 
 # What averages squares rounds once more.
 SQUARE_ULPS = AVERAGE_ULPS + 1

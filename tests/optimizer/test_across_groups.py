@@ -36,12 +36,12 @@ SHARED: list[dict[str, Any]] = [
 
 def in_buckets_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has every group lie by itself."""
-    original = flat._members
+    original = flat.FlatState._members
 
     def apart(*arguments: Any) -> list[Any]:
         return [[member] for members in original(*arguments) for member in members]
 
-    monkeypatch.setattr(flat, "_members", apart)
+    monkeypatch.setattr(flat.FlatState, "_members", apart)
 
 
 @pytest.mark.parametrize("own", OWN, ids=str)

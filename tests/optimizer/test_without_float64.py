@@ -16,8 +16,8 @@ from sassha_fused import eager, layout
 from tests.support.calls import HYPER, POWERS, arguments_of
 from tests.support.cases import Spec, assert_rounded, each_narrow_dtype, make_case, many
 from tests.support.checks import exact_norm
+from tests.support.formulas import formula_perturb, formula_update
 from tests.support.problems import STYLES, Problem, single_threaded
-from tests.support.reference import formula_perturb, formula_update
 
 one_thread = pytest.fixture(autouse=True)(single_threaded)
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import sassha_fused.bucket
-from tests.support.reference import memory_order, ulp
+from tests.support.formulas import ulp
+from tests.support.reference import memory_order
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "padded")

@@ -21,7 +21,8 @@ from tests.support.cases import (
     assert_same_bits,
     assert_untouched,
 )
-from tests.support.reference import formula_perturb, formula_update, memory_order, signs
+from tests.support.formulas import formula_perturb, formula_update
+from tests.support.reference import memory_order, signs
 
 
 def check_perturb(

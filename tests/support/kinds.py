@@ -13,7 +13,7 @@ from torch.nn.modules import module as modules
 from torch.overrides import _len_torch_function_stack
 
 from sassha_fused import Sassha
-from sassha_fused.checks import SHARED
+from sassha_fused.checks import SCHEDULE
 from tests.support.problems import ALL_STYLES, Problem, assert_same, weights
 from tests.support.reference import ReferenceSassha
 
@@ -24,7 +24,7 @@ def reference_of(opt: Sassha) -> ReferenceSassha:
     """The reference on the same parameters with the same options."""
     mine = {"params", "lr", "betas", "eps", "weight_decay", "rho", "adaptive", "hessian_power", "bias_correction"}
     groups = [{k: v for k, v in group.items() if k in {*mine, "maximize"}} for group in opt.param_groups]
-    return ReferenceSassha(groups, **{name: opt.param_groups[0][name] for name in SHARED})
+    return ReferenceSassha(groups, **{name: opt.param_groups[0][name] for name in SCHEDULE})
 
 
 def by_reference(kind: type[Problem], count: int, **options: Any) -> Problem:

@@ -136,14 +136,14 @@ State = dict[str, Any]
 
 def snapshot(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, State]]:
     """Every parameter and its state, copied, in group order."""
+    saved = optimizer.state_dict()["state"]
     copies = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = {
-                name: value.detach().cpu().clone() if isinstance(value, Tensor) else value
-                for name, value in optimizer.state.get(parameter, {}).items()
-            }
-            copies.append((parameter.detach().cpu().clone(), state))
+    for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        state = {
+            name: value.detach().cpu().clone() if isinstance(value, Tensor) else value
+            for name, value in saved.get(i, {}).items()
+        }
+        copies.append((parameter.detach().cpu().clone(), state))
     return copies
 
 
