@@ -59,14 +59,8 @@ def with_plain_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[
     Averages have a number for each element.
     """
     flat: FlatState = optimizer._run.flat  # type: ignore[attr-defined]
-    at = {param: (bucket, row) for bucket in flat.buckets for row, param in enumerate(bucket.params)}
     params = dict(enumerate(param for group in optimizer.param_groups for param in group["params"]))
-    states = {}
-    for key, state in state_dict["state"].items():
-        bucket, row = at.get(params.get(key, key), (None, 0))
-        complete = bucket is not None and all(name in state for name in flat.method.states)
-        states[key] = dict(bucket.with_every_element(row, state) if bucket and complete else state)
-    return {**state_dict, "state": states}
+    return {**state_dict, "state": flat.written_out(state_dict["state"], lambda key: params.get(key, key))}
 
 
 def publish_counts(groups: list[dict[str, Any]], counts: Counts) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .flat import Selection
+from .selection import Selection
 
 
 class Flag:

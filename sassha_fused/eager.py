@@ -8,17 +8,14 @@ float32: results are then as close to the formulas, but not the same bits as els
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .bias_correction import bias_correction
-from .checks import ASCENTS, BIAS_CORRECTIONS, check_gradients
-from .fused_multiply_add import fma, nearest_float32
+from .arithmetic import perturbation_factors, rows_of, second_average, updated
+from .checks import BIAS_CORRECTIONS, check_gradients
 from .layout import block_index, check_layouts, flat_of, state_dtype, view_of, wide_dtype
-from .power import raised
-from .settings import DIRECTIONS, SECOND_AVERAGES, RowSettings, Settings, dtype_along, settings_of
+from .settings import SECOND_AVERAGES, Settings, dtype_along, settings_of
 
 _WORD = 0xFFFFFFFF
 _PIECE = 1 << 16  # elements
@@ -82,12 +79,6 @@ def perturb_(
         w.copy_(result)
 
 
-def perturbation_factors(per_row: Tensor, norm: Tensor, settings: Settings) -> Tensor:
-    r""":math:`\rho / (N + 10^{-12})` of each row, with the sign of what the perturbation points along."""
-    factors = per_row.select(1, RowSettings._fields.index("rho")) * (1 / (norm + 1e-12))
-    return -factors if settings.maximize or ASCENTS[int(settings.ascent)] == "momentum" else factors
-
-
 def _philox4x32_10(counter: list[Tensor], key: list[int]) -> list[Tensor]:
     """Philox4x32-10 (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words."""
     c0, c1, c2, c3 = counter
@@ -138,58 +129,6 @@ def hutchinson_(
         part.copy_(total / samples if sample == samples - 1 else total)
 
 
-def _raise(x: Tensor, power: float) -> Tensor:
-    if power == 1.0:
-        return x
-    if power == 0.5:
-        # Through float64 also float32: torch's float32 square root on CPU is not always the nearest float.
-        return x.to(wide_dtype(x.device)).sqrt().to(x.dtype)
-    return raised(x, power) if x.dtype == torch.float32 else (x.log2() * power).exp2()
-
-
-class _Parts(NamedTuple):
-    """A number as the sum of two of the dtype that is computed in; of float64 the first is the number."""
-
-    high: Tensor | float
-    low: Tensor | float
-
-
-def _parts(x: Tensor | float, dtype: torch.dtype) -> _Parts:
-    if isinstance(x, Tensor):
-        high = x.to(dtype)
-        return _Parts(high, (x - high.to(x.dtype)).to(dtype))
-    nearest = x if dtype == torch.float64 else nearest_float32(x)
-    return _Parts(nearest, nearest_float32(x - nearest))
-
-
-def _parts_of_each(x: Tensor, dtype: torch.dtype) -> list[_Parts]:
-    return [_parts(element, dtype) for element in x.unbind()]
-
-
-def _average(mean: Tensor, beta: _Parts, x: Tensor, weight: _Parts) -> Tensor:
-    """beta mean + weight x"""
-    if mean.dtype == torch.float64:
-        return beta.high * mean + weight.high * x
-    return fma(mean, beta.high, fma(x, weight.high, fma(mean, beta.low, x * weight.low)))
-
-
-def _times(x: Tensor, factor: _Parts) -> Tensor:
-    return x * factor.high if x.dtype == torch.float64 else fma(x, factor.high, x * factor.low)
-
-
-def _times_plus(x: Tensor, factor: _Parts, y: Tensor | float) -> Tensor:
-    """factor x + y"""
-    return x * factor.high + y if x.dtype == torch.float64 else fma(x, factor.high, fma(x, factor.low, y))
-
-
-def _moved(w: Tensor, direction: Tensor, decay: _Parts, step_size: _Parts) -> Tensor:
-    """decay w - step_size direction"""
-    if w.dtype == torch.float64:
-        return w * decay.high - step_size.high * direction
-    rest = fma(w, decay.low, -(direction * step_size.low))
-    return fma(w, decay.high, fma(direction, -step_size.high, rest))
-
-
 def _pieces(*tensors: Tensor) -> Iterable[Sequence[Tensor]]:
     """On a CPU stretches of rows whose temporaries stay in the caches; elsewhere launches are what counts."""
     first = tensors[0]
@@ -197,15 +136,6 @@ def _pieces(*tensors: Tensor) -> Iterable[Sequence[Tensor]]:
         return [tensors]
     rows = max(1, _PIECE * len(first) // first.numel())
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
-
-
-def _second_average(hessian: Tensor, x: Tensor, settings: Settings) -> Tensor:
-    r""":math:`D \leftarrow \beta_2 D + (1 - \beta_2) |x|`, or of :math:`x^2`, or of x."""
-    kind = SECOND_AVERAGES[int(settings.second_average)]
-    x = x.to(hessian.dtype)
-    value = x if kind == "signed" else x.abs() if kind == "absolute" else x * x
-    weight = -(1 - settings.beta2) if kind == "signed" and settings.maximize else 1 - settings.beta2
-    return _average(hessian, _parts(settings.beta2, x.dtype), value, _parts(weight, x.dtype))
 
 
 def block_average_(
@@ -231,54 +161,7 @@ def block_average_(
             x = x[0::2] + x[1::2]
         start = block_index(offset, int(shared.hessian_block), blocked)
         part = slice(start, start + len(x))
-        averaged[part] = _second_average(exp_hessian[part], x / present, shared)
-
-
-def _new_averages(w: Tensor, g: Tensor, average: Tensor, row: _Row, settings: Settings) -> tuple[Tensor, Tensor | None]:
-    """m, and the gradient that a plain direction averages."""
-    beta1 = _parts(settings.beta1, average.dtype)
-    if DIRECTIONS[int(settings.direction)] != "plain":
-        weight = _parts(-(1 - settings.beta1) if settings.maximize else 1 - settings.beta1, average.dtype)
-        return _average(average, beta1, g, weight), None
-    gradient = _times_plus(w, row.decay, -g if settings.maximize else g)
-    return _average(average, beta1, gradient, row.factor), gradient
-
-
-def _direction(m: Tensor, hessian: Tensor | None, gradient: Tensor | None, row: _Row, settings: Settings) -> Tensor:
-    """What a step leads along."""
-    if gradient is not None:
-        return _times_plus(m, _parts(settings.beta1, m.dtype), gradient) if settings.nesterov else m
-    assert hessian is not None
-    eps = _parts(settings.eps, m.dtype).high
-    if DIRECTIONS[int(settings.direction)] == "clipped":
-        factor = _Parts(_parts(settings.clip_threshold, m.dtype).high, 0.0)
-        return (m / _times_plus(torch.where(hessian > 0, hessian, 0.0), factor, eps)).clamp(-1, 1)
-    return m / (_raise(_times(hessian, row.factor), settings.hessian_power) + eps)
-
-
-class _Row(NamedTuple):
-    """What the elements of a parameter share in a step: UpdateScalars in csrc/math/sassha.h."""
-
-    decay: _Parts
-    step_size: _Parts
-    factor: _Parts
-    perturbation: Tensor
-
-
-def _rows_of(
-    step: Tensor, hessian_step: Tensor, own: Tensor, norm: Tensor | None, settings: Settings, dtype: torch.dtype
-) -> list[_Row]:
-    lr, weight_decay, _ = own.unbind(1)
-    none = torch.zeros_like(lr)
-    perturbations = (none if norm is None else perturbation_factors(own, norm, settings)).to(dtype)
-    if DIRECTIONS[int(settings.direction)] == "plain":
-        columns = (weight_decay, lr, torch.where(step == 1, 1.0, torch.full_like(lr, 1.0 - settings.dampening)))
-    else:
-        c1 = c2 = torch.ones_like(lr)
-        if BIAS_CORRECTIONS[int(settings.bias_correction)] != "none":
-            c1, c2 = bias_correction(settings.beta1, step), bias_correction(settings.beta2, hessian_step)
-        columns = (1 - lr * weight_decay, lr / c1, 1 / c2)
-    return [_Row(*row) for row in zip(*(_parts_of_each(column, dtype) for column in columns), perturbations.unbind())]
+        averaged[part] = second_average(exp_hessian[part], x / present, shared)
 
 
 def update_(
@@ -333,7 +216,7 @@ def update_(
     if products or averaged is not None or of_gradients:
         by_step = BIAS_CORRECTIONS[int(shared.bias_correction)] == "step"
         hessian_step = step if by_step else hessian_step + 1
-    each = _rows_of(step, hessian_step, own, norm, shared, exp_avg.dtype)
+    each = rows_of(step, hessian_step, own, norm, shared, exp_avg.dtype)
     for i, (w, g, offset, row) in enumerate(zip(params, grads, offsets, each, strict=True)):
         average = view_of(exp_avg, offset, w)
         hessian = average  # not read where there is none
@@ -346,14 +229,11 @@ def update_(
             gradient, weight = gradient.to(average.dtype), old.to(average.dtype)
             if norm is not None:
                 old = weight = torch.where(torch.isfinite(norm), weight - row.perturbation * average, weight)
-            new_average, plain = _new_averages(weight, gradient, average, row, shared)
             new_hessian = None if exp_hessian is None else hessian
             if products or of_gradients:
-                new_hessian = _second_average(hessian, product, shared)
+                new_hessian = second_average(hessian, product, shared)
                 changes.append((hessian, torch.where(finite, new_hessian, hessian)))
-            direction = _direction(new_average, new_hessian, plain, row, shared)
-            decay = row.decay if plain is None else _Parts(1.0, 0.0)
-            new = _moved(weight, direction, decay, row.step_size)
+            new, new_average = updated(weight, gradient, average, new_hessian, row, shared)
             changes.append((target, torch.where(finite, new.to(w.dtype), old)))
             changes.append((average, torch.where(finite, new_average, average)))
         changes.append((steps[rows[i]], torch.where(finite, torch.stack([step[i], hessian_step[i]]), counts[i])))

@@ -1,112 +1,26 @@
-"""The flat state of an optimizer, laid out anew where what it was made for has changed, and the lists of a pass."""
+"""The flat state of an optimizer, laid out anew where what it was made for has changed."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .bucket import Bucket, Member, telling_of
+from .bucket import Bucket, Member
 from .checks import BIAS_CORRECTIONS, check_gradients, check_parameter
 from .method import Method
 from .parameter_state import States, check_shape, complete_state
+from .selection import Selection
 from .settings import Settings
 
 Groups = Sequence[dict[str, Any]]
 
-_params, _grad = itemgetter("params"), attrgetter("grad")
-
-
-@dataclass
-class Selection:
-    """Some parameters of a bucket, by their rows, and their gradients of one pass.
-
-    Attributes:
-        telling: positions of a few that tell for all whether somebody has written to them.
-        norm: that of exp_avg, along which these were perturbed, where w has no backup and is worked out from w'.
-        elsewhere: w' while a signal's handler runs, where there is no backup to keep it in.
-    """
-
-    bucket: Bucket
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor]
-    offsets: Sequence[int]
-    rows: Sequence[int]
-    indices: Sequence[int]
-    layouts: Tensor
-    telling: Sequence[int]
-    norm: Tensor | None = None
-    elsewhere: list[Tensor] | None = None
-
-    @classmethod
-    def of(cls, bucket: Bucket) -> Selection:
-        """All parameters of a bucket, without gradients."""
-        return cls(
-            bucket, bucket.params, (), bucket.offsets, bucket.rows, bucket.indices, bucket.layouts, bucket.telling
-        )
-
-    def at(self, positions: Sequence[int]) -> Selection:
-        """The parameters at these positions of this selection, without gradients."""
-        return Selection(
-            self.bucket,
-            [self.params[i] for i in positions],
-            (),
-            [self.offsets[i] for i in positions],
-            [self.rows[i] for i in positions],
-            [self.indices[i] for i in positions],
-            self.layouts[list(positions)],
-            telling_of(len(positions)),
-            self.norm,
-        )
-
-    def with_grads(self, grads: Sequence[Tensor]) -> Selection:
-        """The same parameters with these gradients."""
-        others = (self.offsets, self.rows, self.indices, self.layouts, self.telling, self.norm)
-        return Selection(self.bucket, self.params, grads, *others)
-
-    def trained(self) -> Selection:
-        """What of these is trained, with exp_avg in the place of gradients."""
-        positions = [i for i, param in enumerate(self.params) if param.requires_grad]
-        chosen = self if len(positions) == len(self.params) else self.at(positions)
-        return chosen.with_grads([self.bucket.averages[row] for row in chosen.rows])
-
-    def with_gradients(self, last: Selection | None = None) -> Selection:
-        """What of these has a gradient now, with it.
-
-        last: such a choice of before, whose lists serve again if it is the same.
-        """
-        grads = [grad for grad in map(_grad, self.params) if grad is not None]
-        chosen = self
-        if len(grads) < len(self.params):
-            positions = [i for i, param in enumerate(self.params) if param.grad is not None]
-            same = last is not None and last.rows == [self.rows[i] for i in positions]
-            chosen = last if last is not None and same else self.at(positions)
-        return chosen.with_grads(grads)
-
-    def backups(self) -> list[Tensor]:
-        """The stretches of the bucket's backup that belong to these parameters."""
-        return list(map(self.bucket.backup_of, self.rows))
-
-    def lacks_hessian(self) -> bool:
-        """Whether one of these parameters has never had a Hessian."""
-        without = self.bucket.without_hessian
-        return bool(without) and not without.isdisjoint(self.rows)
-
-    def check_current(self) -> None:
-        """ValueError where a parameter has changed its shape or memory format since its state was made."""
-        for row in self.rows:
-            self.bucket.check_current(row)
-
-
-def with_gradients(selections: Sequence[Selection]) -> list[Selection]:
-    """What of these selections has a gradient now, with it."""
-    return [found for selection in selections if (found := selection.with_gradients()).grads]
+_params = itemgetter("params")
 
 
 def _same(ones: Sequence[Any], others: Sequence[Any]) -> bool:
@@ -239,7 +153,7 @@ class FlatState:
         edited = states.edits.made
         made: list[Bucket] = []
         stateless: list[Tensor] = []
-        saved = self.with_every_element(states)
+        saved = self._complete(states)
         for members in self._members(groups, saved, stateless):
             made.append(Bucket(members, [saved.get(m.param, {}) for m in members], self.backend, self.method))
         for bucket in made:
@@ -262,22 +176,28 @@ class FlatState:
         states.lay_out({p: bucket.state_of(row) for bucket in made for row, p in enumerate(bucket.params)})
         self.laid_out = True
 
-    def with_every_element(self, states: States) -> dict[Tensor, dict[str, Any]]:
-        """The complete states of all parameters, averages with a number for each element.
+    def written_out(self, entries: dict[Any, dict[str, Any]], param_of: Callable[[Any], Any]) -> dict[Any, Any]:
+        """Entries of a state, by whatever key, as plain dicts; averages with a number for each element."""
+        at = {param: (bucket, row) for bucket in self.buckets for row, param in enumerate(bucket.params)}
+        written: dict[Any, dict[str, Any]] = {}
+        for key, state in entries.items():
+            bucket, row = at.get(param_of(key), (None, 0))
+            known = bucket is not None and all(name in state for name in self.method.averages)
+            written[key] = dict(bucket.with_every_element(row, state) if bucket and known else state)
+        return written
+
+    def _complete(self, states: States) -> dict[Tensor, dict[str, Any]]:
+        """The states of all parameters that have one, written out.
 
         Raises:
             ValueError: one is incomplete, or an average has another shape than its parameter.
         """
-        at = {param: (bucket, row) for bucket in self.buckets for row, param in enumerate(bucket.params)}
-        every: dict[Tensor, dict[str, Any]] = {}
-        for param in list(states):
-            state = complete_state(states, param, self.method.states)
-            if state:
-                bucket, row = at.get(param, (None, 0))
-                every[param] = state if bucket is None else bucket.with_every_element(row, state)
-                for name in self.method.averages:
-                    check_shape(param, torch.as_tensor(every[param][name]).shape)
-        return every
+        written = self.written_out(states, lambda param: param)
+        complete = {p: state for p in written if (state := complete_state(written, p, self.method.states))}
+        for param, state in complete.items():
+            for name in self.method.averages:
+                check_shape(param, torch.as_tensor(state[name]).shape)
+        return complete
 
     def _members(
         self, groups: Groups, saved: dict[Tensor, dict[str, Any]], stateless: list[Tensor]
@@ -294,6 +214,7 @@ class FlatState:
                 if param not in saved and not self._wants_state(param):
                     stateless.append(param)
                 else:
+                    self.method.check_dtype(param, group)
                     if param not in saved:
                         check_parameter(param)
                         if param.grad is not None:

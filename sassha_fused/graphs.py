@@ -14,11 +14,12 @@ from .bucket import Bucket
 from .closures import walk
 from .counts import StepTaken
 from .curvature.of_step import Curvature
-from .flat import Groups, Selection
+from .flat import Groups
 from .gradients import of_groups
 from .optimizer import FusedOptimizer
 from .run import Run
-from .step import Step, accept_edited
+from .selection import Selection
+from .step import Step
 
 # Steps of each kind that run as usual first, as torch advises: libraries set themselves up in them.
 _WARMUP = 3
@@ -133,7 +134,7 @@ class GraphedStep:
             if kind not in self._captured:
                 self._captured[kind] = self._capture()
             captured = self._captured[kind]
-            accept_edited(run, optimizer.param_groups, movable=True)  # steps of other kinds may have been in between
+            run.accept_edited(optimizer.param_groups, movable=True)  # steps of other kinds may have been in between
             for bucket in run.flat.buckets if captured.taken.evaluated else ():
                 bucket.evaluation.fill_(run.counts.evaluations)
             captured.graph.replay()
@@ -156,7 +157,7 @@ class GraphedStep:
         self._find_device()
         graph = torch.cuda.CUDAGraph()
         # Outside of the graph, whose replays would copy what the groups say from memory that is no longer theirs.
-        accept_edited(optimizer._run, optimizer.param_groups, movable=True)
+        optimizer._run.accept_edited(optimizer.param_groups, movable=True)
         step = _RecordedStep(optimizer._run, optimizer.param_groups)
         try:
             # The outer context sees to it that a capture that fails does not leave its stream the current one.

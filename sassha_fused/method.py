@@ -8,6 +8,9 @@ from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .checks import ASCENTS, BIAS_CORRECTIONS, SHARED
 from .settings import DIRECTIONS, SECOND_AVERAGES, RowSettings, Settings
 
@@ -76,6 +79,18 @@ class Method:
     def along_momentum(self, group: dict[str, Any]) -> bool:
         """Whether the perturbation points along the first average, so that a step has one pass alone, at w'."""
         return bool(group.get("ascent", self.ascent) == "momentum")
+
+    def check_dtype(self, param: Tensor, group: dict[str, Any]) -> None:
+        """ValueError where a parameter is too narrow for where its passes are taken."""
+        if not param.requires_grad or param.dtype in (torch.float64, torch.float32):
+            return
+        if not group.get("exact_restore", True):
+            raise ValueError(
+                f"exact_restore=False needs float64 or float32 parameters, got {param.dtype}, in which w worked out "
+                "from w' would lose what a step changes"
+            )
+        if self.along_momentum(group) and group["adaptive"]:
+            raise ValueError(f"adaptive=True along the momentum needs float64 or float32 parameters, got {param.dtype}")
 
     def settings_of(self, group: dict[str, Any]) -> Settings:
         """The Settings of a parameter group."""

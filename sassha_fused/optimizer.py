@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,10 +28,7 @@ from .step import Step
 
 
 class FusedOptimizer(Optimizer):
-    """An optimizer whose work on the parameters is a few fused passes, and whose gradients may be those at w'.
-
-    Members of the family derive from it, each with its constructor, its equation and its row of data.
-    """
+    """What members of the family derive from, each with its constructor, its equation and its row of data."""
 
     method: Method
 
@@ -229,6 +227,7 @@ class FusedOptimizer(Optimizer):
         try:
             for param in group["params"]:
                 check_parameter(param)
+                self._run.flat.method.check_dtype(param, group)
             check_groups([self.param_groups[0], group], self._run.flat.method)
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -280,7 +279,9 @@ class FusedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._leave_step("a copy of the optimizer")
         publish_counts(self.param_groups, self._run.counts)
-        return {**super().__getstate__(), "_flat_state": (self._run.flat.backend, self._run.flat.method, self._run.hvp)}
+        flat = self._run.flat
+        states = defaultdict(dict, flat.written_out(self.state, lambda param: param))
+        return {**super().__getstate__(), "state": states, "_flat_state": (flat.backend, flat.method, self._run.hvp)}
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:

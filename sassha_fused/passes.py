@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn.utils import parametrize
 
+from .arithmetic import perturbation_factors
 from .checks import DTYPES, check_gradients
-from .eager import perturbation_factors
-from .flat import Selection
 from .layout import sent, wide_dtype
+from .selection import Selection
 
 Products = Sequence[Sequence[Tensor]]
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import is_
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .accepted_groups import AcceptedGroups
+from .accepted_groups import AcceptedGroups, lr_of
 from .checks import is_single
 from .counts import Counts
 from .flat import FlatState, Groups
@@ -52,6 +54,19 @@ class Run:
     def __post_init__(self) -> None:
         self.accepted = AcceptedGroups(self.flat.method)
         self.uninterrupted = uninterrupted(self)
+
+    def accept_edited(self, groups: Groups, movable: bool) -> None:
+        """Checks and takes in groups that somebody has edited; movable: whether the state may be laid out anew."""
+        known, edited = self.accepted, True
+        with suppress(KeyError, RuntimeError, ValueError):  # where one is gone, or is a tensor without one truth value
+            values = list(map(known.method.values_of, groups))
+            if movable:
+                ones, others = map(chain.from_iterable, (values, known.values))
+                edited = len(values) != len(known.values) or not all(map(is_, ones, others))
+            else:  # in half the time: what equals what a first look has accepted may wait for that of the next step
+                edited = not all(map(is_, map(lr_of, values), map(lr_of, known.values))) or values != known.values
+        if edited:
+            self.accept(groups, movable)
 
     def accept(self, groups: Groups, movable: bool) -> None:
         """Checks the groups, and takes in what they say.

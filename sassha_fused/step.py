@@ -4,38 +4,23 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
 
 from . import passes
-from .accepted_groups import lr_of
 from .counts import StepTaken
 from .curvature.of_step import Curvature, at_w_prime, release_graphs, take_products
-from .flat import Groups, Selection, with_gradients
+from .flat import Groups
 from .gradients import refuse_used
 from .hessian_pass import building_graphs, set_aside
 from .run import Run
+from .selection import Selection, with_gradients
 
 _grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
-
-
-def accept_edited(run: Run, groups: Groups, movable: bool) -> None:
-    """Checks and takes in groups that somebody has edited; movable: whether the state may be laid out anew."""
-    known, edited = run.accepted, True
-    with suppress(KeyError, RuntimeError, ValueError):  # where one is gone, or is a tensor without one truth value
-        values = list(map(known.method.values_of, groups))
-        if movable:
-            ones, others = map(chain.from_iterable, (values, known.values))
-            edited = len(values) != len(known.values) or not all(map(is_, ones, others))
-        else:  # in half the time: what equals what a first look has accepted may wait for that of the next step
-            edited = not all(map(is_, map(lr_of, values), map(lr_of, known.values))) or values != known.values
-    if edited:
-        run.accept(groups, movable)
 
 
 def _telling_grads(selections: Sequence[Selection]) -> list[Tensor]:
@@ -63,7 +48,7 @@ class Step:
     def __init__(self, run: Run, groups: Groups) -> None:
         self._run: Run = weakref.proxy(run)  # which owns the step: an optimizer that is dropped takes it along
         self.groups = groups
-        accept_edited(run, groups, movable=True)
+        run.accept_edited(groups, movable=True)
         self._single = run.accepted.single
         self._exact = bool(groups[0].get("exact_restore", True))
         self._along_momentum = run.flat.of_trained and not self._single
@@ -169,7 +154,7 @@ class Step:
 
     def finish(self, losses: Sequence[Tensor] = ()) -> None:
         """From the gradients of the last pass to the new weights: Hessian products, checks, and the update."""
-        accept_edited(self._run, self.groups, movable=not self._moved)
+        self._run.accept_edited(self.groups, movable=not self._moved)
         selections = self._perturbed_and_back() if self._moved else self._with_current(self._at_w)
         if not selections or self._norm is None:
             return self.end()

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..flat import Selection
 from ..layout import empty_dense, view_of
+from ..selection import Selection
 from .exact import HessianSource
 
 

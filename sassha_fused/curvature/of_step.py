@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import passes
-from ..flat import Groups, Selection, with_gradients
+from ..flat import Groups
 from ..gradients import detach, is_graph_taken, name_of, of_groups, take_graphs
 from ..hessian_pass import (
     NO_GRAPH,
@@ -25,6 +25,7 @@ from ..hessian_pass import (
     warning_of_constants,
 )
 from ..run import Run
+from ..selection import Selection, with_gradients
 from .estimate import estimate
 from .exact import SOURCES
 
