@@ -13,6 +13,7 @@ from .checks import check_groups
 from .counts import Counts
 from .flat import FlatState
 from .method import Method
+from .parameter_state import States
 
 
 class AsSaved:
@@ -51,6 +52,17 @@ def check_and_protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[
             group["hessian_block"] = own["hessian_block"]
     states = {key: AsSaved(state) for key, state in state_dict["state"].items()}
     return {**state_dict, "state": states, "param_groups": saved}
+
+
+def take_in_saved(states: States, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
+    """Unwraps what load_state_dict has carried past torch's casts; a group gets the defaults that it lacks."""
+    for param, saved in states.items():
+        if isinstance(saved, AsSaved):
+            states[param] = dict(saved.state)
+    for group in groups:
+        for name, value in defaults.items():
+            if name != "differentiable":  # torch's own addition
+                group.setdefault(name, value)
 
 
 def with_plain_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def walk(step: Step, closure: Closure, params: Sequence[Tensor]) -> Tensor:
     while True:
         with step.around_pass():
             losses.append(evaluate(closure, params))
-        step.refuse_interference()
+        step.run.refuse_interference(step)
         if not step.arrive():
             break
     step.finish(losses)

@@ -15,7 +15,7 @@ from .bucket import Bucket, Member
 from .checks import BIAS_CORRECTIONS, check_gradients, check_parameter
 from .method import Method
 from .parameter_state import States, check_shape, complete_state
-from .selection import Selection
+from .selection import Selection, chosen
 from .settings import Settings
 
 Groups = Sequence[dict[str, Any]]
@@ -67,20 +67,13 @@ class FlatState:
         to date, which may wait for the device: done only where they are needed.
         """
         outdated = self.is_outdated(groups, states)
-        selections = [] if outdated else self._chosen(with_averages)
+        selections = [] if outdated else chosen(self.buckets, self._last, with_averages)
         firsts = [(s.params[0], s.bucket) for s in selections]
         if outdated or any(p.dtype != b.dtype or p.device != b.device for p, b in firsts):
             catch_up()
             self.lay_out(groups, states)
-            selections = self._chosen(with_averages)
+            selections = chosen(self.buckets, self._last, with_averages)
         return selections
-
-    def _chosen(self, with_averages: bool) -> list[Selection]:
-        if with_averages:
-            return [found for bucket in self.buckets if (found := Selection.of(bucket).trained()).params]
-        selected = [Selection.of(bucket).with_gradients(self._last.get(bucket)) for bucket in self.buckets]
-        self._last = {selection.bucket: selection.with_grads(()) for selection in selected}
-        return [selection for selection in selected if selection.grads]
 
     def take_in_groups(self, groups: Groups, movable: bool) -> None:
         """Learns what the groups say, once they are accepted; movable: whether the state may be laid out anew.

@@ -19,7 +19,7 @@ from .gradients import of_groups
 from .optimizer import FusedOptimizer
 from .run import Run
 from .selection import Selection
-from .step import Step
+from .step import Step, accept_edited
 
 # Steps of each kind that run as usual first, as torch advises: libraries set themselves up in them.
 _WARMUP = 3
@@ -134,7 +134,7 @@ class GraphedStep:
             if kind not in self._captured:
                 self._captured[kind] = self._capture()
             captured = self._captured[kind]
-            run.accept_edited(optimizer.param_groups, movable=True)  # steps of other kinds may have been in between
+            accept_edited(run, optimizer.param_groups, movable=True)  # steps of other kinds may have been in between
             for bucket in run.flat.buckets if captured.taken.evaluated else ():
                 bucket.evaluation.fill_(run.counts.evaluations)
             captured.graph.replay()
@@ -157,7 +157,7 @@ class GraphedStep:
         self._find_device()
         graph = torch.cuda.CUDAGraph()
         # Outside of the graph, whose replays would copy what the groups say from memory that is no longer theirs.
-        optimizer._run.accept_edited(optimizer.param_groups, movable=True)
+        accept_edited(optimizer._run, optimizer.param_groups, movable=True)
         step = _RecordedStep(optimizer._run, optimizer.param_groups)
         try:
             # The outer context sees to it that a capture that fails does not leave its stream the current one.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .checkpoint import AsSaved, check_and_protect, counts_of, initialises_state, publish_counts, with_plain_states
+from . import checkpoint
 from .checks import check_choice, check_groups, check_parameter, is_single, refuse_grad_scaler
 from .closures import ends_step, walk
 from .curvature.check import check_products
@@ -173,7 +173,7 @@ class FusedOptimizer(Optimizer):
             return run.step.finish()
         run.raise_given_up()
         grads = grads_of(of_groups(self.param_groups))
-        if initialises_state(self.param_groups, self.state, grads):
+        if checkpoint.initialises_state(self.param_groups, self.state, grads):
             run.lay_out_anew(self.param_groups)
             return
         if grads and not is_single(self.param_groups):
@@ -232,7 +232,7 @@ class FusedOptimizer(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        publish_counts(self.param_groups, self._run.counts)
+        checkpoint.publish_counts(self.param_groups, self._run.counts)
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -241,9 +241,9 @@ class FusedOptimizer(Optimizer):
         Between perturb() and step() the weights go back to w, and the step is given up: the next step() says so.
         """
         self._leave_step("state_dict()")
-        publish_counts(self.param_groups, self._run.counts)
+        checkpoint.publish_counts(self.param_groups, self._run.counts)
         # Registered first, so that the user's hooks see what torch.load reads with weights_only.
-        handle = self.register_state_dict_post_hook(with_plain_states, prepend=True)
+        handle = self.register_state_dict_post_hook(checkpoint.with_plain_states, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -269,7 +269,7 @@ class FusedOptimizer(Optimizer):
                 step.end()
         self._leave_step("load_state_dict()")
         # Registered last, so that it sees what the user's hooks made of the state_dict.
-        handle = self.register_load_state_dict_pre_hook(check_and_protect)
+        handle = self.register_load_state_dict_pre_hook(checkpoint.check_and_protect)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -278,7 +278,7 @@ class FusedOptimizer(Optimizer):
     @torch.no_grad()
     def __getstate__(self) -> dict[str, Any]:
         self._leave_step("a copy of the optimizer")
-        publish_counts(self.param_groups, self._run.counts)
+        checkpoint.publish_counts(self.param_groups, self._run.counts)
         flat = self._run.flat
         states = defaultdict(dict, flat.written_out(self.state, lambda param: param))
         return {**super().__getstate__(), "state": states, "_flat_state": (flat.backend, flat.method, self._run.hvp)}
@@ -291,16 +291,10 @@ class FusedOptimizer(Optimizer):
             self._run = Run(FlatState(backend, method), hvp)
         self.state = state.pop("state", self.state)
         super().__setstate__(state)
-        for param, saved in self.state.items():
-            if isinstance(saved, AsSaved):
-                self.state[param] = dict(saved.state)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                if name != "differentiable":  # torch's own addition
-                    group.setdefault(name, value)
+        checkpoint.take_in_saved(self.state, self.param_groups, self.defaults)
         run = self._run
         if run.step is not None:
             run.step.end()
-        run.counts.set(*counts_of(self.param_groups, self.state))
-        publish_counts(self.param_groups, self._run.counts)
+        run.counts.set(*checkpoint.counts_of(self.param_groups, self.state))
+        checkpoint.publish_counts(self.param_groups, self._run.counts)
         run.lay_out_anew(self.param_groups)

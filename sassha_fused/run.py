@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
-from operator import is_
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .accepted_groups import AcceptedGroups, lr_of
+from .accepted_groups import AcceptedGroups
 from .checks import is_single
 from .counts import Counts
 from .flat import FlatState, Groups
@@ -55,19 +53,6 @@ class Run:
         self.accepted = AcceptedGroups(self.flat.method)
         self.uninterrupted = uninterrupted(self)
 
-    def accept_edited(self, groups: Groups, movable: bool) -> None:
-        """Checks and takes in groups that somebody has edited; movable: whether the state may be laid out anew."""
-        known, edited = self.accepted, True
-        with suppress(KeyError, RuntimeError, ValueError):  # where one is gone, or is a tensor without one truth value
-            values = list(map(known.method.values_of, groups))
-            if movable:
-                ones, others = map(chain.from_iterable, (values, known.values))
-                edited = len(values) != len(known.values) or not all(map(is_, ones, others))
-            else:  # in half the time: what equals what a first look has accepted may wait for that of the next step
-                edited = not all(map(is_, map(lr_of, values), map(lr_of, known.values))) or values != known.values
-        if edited:
-            self.accept(groups, movable)
-
     def accept(self, groups: Groups, movable: bool) -> None:
         """Checks the groups, and takes in what they say.
 
@@ -101,9 +86,19 @@ class Run:
         """Whether this step's batch has been through the network once, at w, and now goes through it at w'."""
         return self.step is not None and self.step.is_second_pass
 
-    def back_at_w(self) -> AbstractContextManager[None]:
-        """While the handler of a signal runs the weights are w; afterwards they are where they were."""
-        return nullcontext() if self.step is None else self.step.back_at_w()
+    @contextmanager
+    def back_at_w(self) -> Iterator[None]:
+        """While the handler of a signal runs, which may save a checkpoint, the weights are w; afterwards w' again."""
+        step = self.step
+        if step is None or not step.perturbed:
+            return (yield)
+        try:
+            step.swap()  # a second signal may come
+            yield
+        except BaseException:
+            step.end()
+            raise
+        step.swap()
 
     def hessian_is_coming(self, groups: Groups) -> bool:
         """Whether the coming step is a Hessian step, as far as can be told before its first pass.
@@ -136,6 +131,15 @@ class Run:
             with self.uninterrupted:
                 self.watch.remove()
                 self.watch = None
+
+    def refuse_interference(self, step: Step) -> None:
+        """ValueError where something that the closure of a step called has ended it, or begun another."""
+        if self.step is not step:
+            self.raise_given_up()
+            raise ValueError(
+                "the closure has ended or begun a step of its own optimizer: leave perturb(), restore(), step() and "
+                "load_state_dict() out of it"
+            )
 
     def raise_given_up(self, error: BaseException | None = None) -> None:
         """ValueError where somebody has given the step up that was under way."""

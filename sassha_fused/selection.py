@@ -94,6 +94,19 @@ class Selection:
             self.bucket.check_current(row)
 
 
+def chosen(buckets: Sequence[Bucket], last: dict[Bucket, Selection], with_averages: bool) -> list[Selection]:
+    """Of each bucket what has a gradient, with it; or with_averages what is trained, with exp_avg for gradients.
+
+    last: the choices of the call before, without gradients; their lists serve again where they are the same.
+    """
+    if with_averages:
+        found = [Selection.of(bucket).trained() for bucket in buckets]
+    else:
+        found = [Selection.of(bucket).with_gradients(last.get(bucket)) for bucket in buckets]
+        last.update({selection.bucket: selection.with_grads(()) for selection in found})
+    return [selection for selection in found if selection.grads]
+
+
 def with_gradients(selections: Sequence[Selection]) -> list[Selection]:
     """What of these selections has a gradient now, with it."""
     return [found for selection in selections if (found := selection.with_gradients()).grads]

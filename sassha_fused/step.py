@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from operator import attrgetter
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor
 
 from . import passes
+from .accepted_groups import lr_of
 from .counts import StepTaken
 from .curvature.of_step import Curvature, at_w_prime, release_graphs, take_products
 from .flat import Groups
@@ -21,6 +23,20 @@ from .run import Run
 from .selection import Selection, with_gradients
 
 _grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
+
+
+def accept_edited(run: Run, groups: Groups, movable: bool) -> None:
+    """Checks and takes in groups that somebody has edited; movable: whether the state may be laid out anew."""
+    known, edited = run.accepted, True
+    with suppress(KeyError, RuntimeError, ValueError):  # where one is gone, or is a tensor without one truth value
+        values = list(map(known.method.values_of, groups))
+        if movable:
+            ones, others = map(chain.from_iterable, (values, known.values))
+            edited = len(values) != len(known.values) or not all(map(is_, ones, others))
+        else:  # in half the time: what equals what a first look has accepted may wait for that of the next step
+            edited = not all(map(is_, map(lr_of, values), map(lr_of, known.values))) or values != known.values
+    if edited:
+        run.accept(groups, movable)
 
 
 def _telling_grads(selections: Sequence[Selection]) -> list[Tensor]:
@@ -40,15 +56,16 @@ class Step:
     the one at w' is the only one.
 
     Attributes:
+        run: the optimizer's record.
         groups: the optimizer's.
         perturbed: whether the weights are at w'.
         curvature: the Hessian's part, where the pass that comes next is that of a Hessian step.
     """
 
     def __init__(self, run: Run, groups: Groups) -> None:
-        self._run: Run = weakref.proxy(run)  # which owns the step: an optimizer that is dropped takes it along
+        self.run: Run = weakref.proxy(run)  # which owns the step: an optimizer that is dropped takes it along
         self.groups = groups
-        run.accept_edited(groups, movable=True)
+        accept_edited(run, groups, movable=True)
         self._single = run.accepted.single
         self._exact = bool(groups[0].get("exact_restore", True))
         self._along_momentum = run.flat.of_trained and not self._single
@@ -70,13 +87,13 @@ class Step:
         """Before the first pass of a closure: where it is the only one, it may need a graph already."""
         if self._along_momentum:
             self.perturb()
-        elif self._single and self._run.hessian_is_coming(self.groups):
+        elif self._single and self.run.hessian_is_coming(self.groups):
             self.make_curvature()
 
     def make_curvature(self, kind: type[Curvature] = Curvature) -> None:
         """The coming pass is that of a Hessian step."""
-        with self._run.uninterrupted:
-            self.curvature = kind(self._run, self.groups, self._moved)
+        with self.run.uninterrupted:
+            self.curvature = kind(self.run, self.groups, self._moved)
 
     @property
     def is_second_pass(self) -> bool:
@@ -91,9 +108,9 @@ class Step:
     def around_pass(self) -> AbstractContextManager[None]:
         """What a pass of the network runs in, so that its gradients are those that this step needs."""
         if self.curvature is not None and not self.curvature.taken:
-            self._run.others = ()
+            self.run.others = ()
             return building_graphs(partial(self.curvature.around_backward, self))
-        return set_aside(self._run.others) if self.is_second_pass else nullcontext()
+        return set_aside(self.run.others) if self.is_second_pass else nullcontext()
 
     def arrive(self) -> bool:
         """Takes in the gradients of a pass; whether another one is needed."""
@@ -107,7 +124,7 @@ class Step:
 
         Along exp_avg it needs no gradients, and leaves alone what is there.
         """
-        run = self._run
+        run = self.run
         try:
             with run.uninterrupted:
                 self._norm = self._with_current(self._perturb, self._along_momentum)
@@ -140,7 +157,7 @@ class Step:
 
     def _with_current(self, act: Callable[[list[Selection]], Any], with_averages: bool = False) -> Any:
         """What act makes of what FlatState.select() finds, where the parameters are and as they are now."""
-        run, flat = self._run, self._run.flat
+        run, flat = self.run, self.run.flat
         try:
             return act(flat.select(self.groups, run.states, run.counts.catch_up, with_averages))
         except (RuntimeError, TypeError, ValueError):
@@ -154,7 +171,7 @@ class Step:
 
     def finish(self, losses: Sequence[Tensor] = ()) -> None:
         """From the gradients of the last pass to the new weights: Hessian products, checks, and the update."""
-        self._run.accept_edited(self.groups, movable=not self._moved)
+        accept_edited(self.run, self.groups, movable=not self._moved)
         selections = self._perturbed_and_back() if self._moved else self._with_current(self._at_w)
         if not selections or self._norm is None:
             return self.end()
@@ -164,7 +181,7 @@ class Step:
             release_graphs(self, selections)
             selections = [selection.with_grads(list(map(_grad, selection.params))) for selection in selections]
         products = self.curvature.products_of(selections) if self.curvature is not None else ()
-        with self._run.uninterrupted:
+        with self.run.uninterrupted:
             self._put_back_all_but(selections)
             backed_up = bool(self._moved) and self._exact
             if not self._moved and len(selections) > 1:  # the update of one may go through before another's fails
@@ -178,7 +195,7 @@ class Step:
                 self.put_back((self._moved or selections) if backed_up else without)
                 self.perturbed = False
                 # Should one bucket's update have gone through before another's failed, its state knows its counts.
-                self._run.flat.forget()
+                self.run.flat.forget()
                 raise
             for grad in _telling_grads(selections):
                 grad._used_in_version = grad._version  # type: ignore[attr-defined]
@@ -194,8 +211,8 @@ class Step:
                 "the weights were written between perturb() and step(), which takes its step from w, as it was before "
                 "perturb(): load or change weights before perturb() or after step()"
             )
-        states = self._run.states
-        if states.edits.made and self._run.flat.is_replaced(states):
+        states = self.run.states
+        if states.edits.made and self.run.flat.is_replaced(states):
             raise ValueError("opt.state was replaced between perturb() and step(): edit it before or after these two")
         selections = with_gradients(self._moved)
         if not selections:
@@ -203,8 +220,7 @@ class Step:
                 "step() found no parameter with a gradient in both passes: between perturb() and step() the second "
                 "backward is missing, or it reached other parameters than the first. restore() gives a step up"
             )
-        if self._along_momentum:
-            refuse_used(_telling_grads(selections), "step()")
+        refuse_used(_telling_grads(selections) if self._along_momentum else (), "step()")
         return selections
 
     def _at_w(self, selections: list[Selection]) -> list[Selection]:
@@ -212,7 +228,7 @@ class Step:
         refuse_used(_telling_grads(selections), "step()")
         # Refuses what does not fit, as where a part of the model has moved.
         self._norm = passes.norm(selections) if selections else None
-        due = self._run.counts.next_is_scheduled(self.groups[0]) or any(s.lacks_hessian() for s in selections)
+        due = self.run.counts.next_is_scheduled(self.groups[0]) or any(s.lacks_hessian() for s in selections)
         if selections and due and self.curvature is None:
             self.make_curvature()
         if self.curvature is not None:
@@ -221,7 +237,7 @@ class Step:
 
     def count(self, taken: StepTaken) -> None:
         """Has the step counted, once it is known whether the device has skipped it."""
-        self._run.counts.count(taken)
+        self.run.counts.count(taken)
 
     def restore(self) -> None:
         """w' -> w, after the products of a Hessian step; without second gradients, or their graph, the step is over."""
@@ -232,7 +248,7 @@ class Step:
             if not over:
                 take_products(self)
         finally:
-            with self._run.uninterrupted:
+            with self.run.uninterrupted:
                 if self.perturbed:  # not where a handler has raised, and so has left w
                     self.put_back(self._moved)
                     self._versions = _versions_of(self._moved)
@@ -244,27 +260,18 @@ class Step:
 
     def give_up(self, because: str | None = None) -> None:
         """After an exception, or where the state is asked for between the passes: w' -> w; the step is over."""
-        with self._run.uninterrupted:
+        with self.run.uninterrupted:
             try:
                 if self.perturbed:
                     self.put_back(self._moved)
             finally:
                 self.perturbed = False
-                self._run.given_up = because
+                self.run.given_up = because
                 self.end()
 
     def weights_were_written(self) -> bool:
         """Whether somebody has written into the weights since this step moved them, as in loading a model."""
         return self._versions != _versions_of(self._moved)
-
-    def refuse_interference(self) -> None:
-        """ValueError where something that the closure called has ended this step, or begun another."""
-        if self._run.step is not self:
-            self._run.raise_given_up()
-            raise ValueError(
-                "the closure has ended or begun a step of its own optimizer: leave perturb(), restore(), step() and "
-                "load_state_dict() out of it"
-            )
 
     def end(self) -> None:
         """The step is over, wherever the weights are."""
@@ -272,25 +279,14 @@ class Step:
         if self.curvature is not None:
             self.curvature.end()
         at_w_prime.steps.discard(self)
-        if self._run.step is self:
-            self._run.step = None
+        if self.run.step is self:
+            self.run.step = None
 
-    @contextmanager
-    def back_at_w(self) -> Iterator[None]:
-        """While the handler of a signal runs, which may save a checkpoint, the weights are w; afterwards w' again."""
-        if not self.perturbed:
-            return (yield)
-        try:
-            with self._run.uninterrupted:  # a second signal may come
-                passes.swap_with_backup(self._moved)
-                self.perturbed = False
-            yield
-        except BaseException:
-            self.end()
-            raise
-        with self._run.uninterrupted:
+    def swap(self) -> None:
+        """w' -> w, or back to w', which is kept meanwhile."""
+        with self.run.uninterrupted:
             passes.swap_with_backup(self._moved)
-            self.perturbed = True
+            self.perturbed = not self.perturbed
 
     put_back = staticmethod(passes.put_back)
 

@@ -74,6 +74,7 @@ def test_arguments_in_plain_torch_are_those_of_the_schema(name: str) -> None:
         "perturb_": {"params", "backup", "norm"},
         "rademacher_": {"signs"},
         "hutchinson_": {"estimate"},
+        "block_average_": {"averaged"},
         "update_": {"params", "exp_avg", "exp_hessian", "steps", "skipped"},
     }
     assert list(inspect.signature(getattr(eager, name)).parameters) == [a.name for a in schema.arguments]

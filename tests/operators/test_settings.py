@@ -1,5 +1,6 @@
 """The numbers that go with a call: the same fields in C++ and in Python, and each of them reaches the kernels."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from sassha_fused import Sassha, checks
+from sassha_fused import SAMSGD, AdaHessian, MSassha, SAMAdamW, Sassha, SophiaH, checks
 from sassha_fused.method import Method
 from sassha_fused.settings import RowSettings, Settings
+from sassha_fused.settings import settings_of as numbers_named
 from tests.support.backends import each_backend_with, operators_of
-from tests.support.calls import HYPER, arguments_of, run
+from tests.support.calls import HYPER, arguments_of, run, settings_of
 from tests.support.cases import Spec, bits, make_case
 
 HEADER = Path(__file__).parents[2] / "csrc" / "math" / "settings.h"
@@ -57,9 +59,14 @@ def test_the_numbers_of_a_group_come_in_their_places() -> None:
     assert RowSettings.of({**group, "lr": torch.tensor(1.0)}) == (0.0, 3.0, 4.0)
 
 
+# What a member's row of data says.
+OF_METHOD = {"beta1", "beta2", "second_average", "direction"}
+
+
 def test_every_default_is_in_one_of_the_structs_or_known_to_be_of_the_schedule() -> None:
-    defaults = set(Sassha([torch.nn.Parameter(torch.ones(1))]).defaults)
-    known = {"betas", *Settings._fields, *RowSettings._fields, *checks.SHARED} - {"beta1", "beta2"}
+    kinds = [Sassha, MSassha, SAMSGD, SAMAdamW, AdaHessian, SophiaH]
+    defaults = {name for kind in kinds for name in kind([torch.nn.Parameter(torch.ones(1))]).defaults}
+    known = {"betas", "momentum", *Settings._fields, *RowSettings._fields, *checks.SHARED} - OF_METHOD
     assert {name for name in defaults if name not in ("differentiable",)} == known
 
 
@@ -96,12 +103,26 @@ def test_each_number_reaches_perturb(backend: str, change: dict[str, Any]) -> No
     assert not torch.equal(result(HYPER), result({**HYPER, **change}))
 
 
+def test_python_refuses_settings_of_unknown_modes_too() -> None:
+    for name in ("bias_correction", "ascent", "second_average", "direction", "hessian_block"):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            numbers_named(with_setting(name, 7.0)["settings"])
+
+
+def with_setting(name: str, value: float) -> dict[str, Any]:
+    return {"settings": list(settings_of(HYPER)._replace(**{name: value}))}
+
+
 @pytest.mark.parametrize("operator", ["perturb_", "update_"])
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"settings": [0.9] * 6}, "settings must be 7 numbers, got 6"),
-        ({"settings": [0.9, 0.9, 0.0, 0.5, 0.0, 0.0, 3.0]}, "bias_correction must be 0, 1 or 2, got 3"),
+        ({"settings": [0.9] * 6}, "settings must be 14 numbers, got 6"),
+        (with_setting("bias_correction", 3.0), "bias_correction must be an index below 3, got 3"),
+        (with_setting("ascent", 0.5), "ascent must be an index below 2, got 0.5"),
+        (with_setting("second_average", -1.0), "second_average must be an index below 4, got -1"),
+        (with_setting("direction", math.nan), "direction must be an index below 3, got nan"),
+        (with_setting("hessian_block", 3.0), "hessian_block must be a power of 2 from 1 to 128, got 3"),
         ({"per_row": torch.ones(9, 2, dtype=torch.float64)}, "per_row must have rows of 3 numbers"),
         ({"per_row": torch.ones(9, 3)}, "per_row has another dtype"),
         ({"rows": [-1]}, "row -1 is not one of per_row"),
