@@ -7,8 +7,8 @@ independent reference.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from . import eager
 from .bucket import Bucket, Member
 from .checks import DTYPES
+from .family import SAMSGD, AdaHessian, MSassha, SAMAdamW, Sassha, SophiaH
 from .layout import view_of
 from .method import Method
 from .ops import Operators, available_backends, operators
@@ -55,28 +56,44 @@ class Result:
         return not self.failure and self.error <= TOLERANCE_ULP
 
 
+@dataclass(frozen=True)
+class _Member:
+    """A member of the family, and what its groups say otherwise than HYPERPARAMETERS."""
+
+    method: Method
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
 class _Case:
     """Random parameters, gradients and state, the same numbers on any device and in any dtype."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, exact: bool) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, exact: bool, member: _Member) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def random(count: int) -> Tensor:
             return torch.randn(count, dtype=torch.float64, generator=generator).to(dtype)
 
-        target = torch.float64 if exact else dtype
-        params = [random(size).to(device, target) for size in SIZES]
-        self.grads = [random(size).to(device, target) for size in SIZES]
-        self.products = [random(size).to(device, target) for size in SIZES]
+        def tensors() -> list[Tensor]:
+            # Blocks are those of parameters of two dimensions.
+            return [random(size).to(device, torch.float64 if exact else dtype).view(1, -1) for size in SIZES]
+
+        params, self.grads, self.products = tensors(), tensors(), tensors()
         starts = [sum(SIZES[:i]) for i in range(len(SIZES))]
         # Of two groups, as every other parameter of the optimizer may be.
-        groups = (HYPERPARAMETERS, {**HYPERPARAMETERS, "lr": 0.05, "weight_decay": 0.0, "rho": 0.5})
+        own = {**HYPERPARAMETERS, **member.changes}
+        groups = (own, {**own, "lr": 0.05, "weight_decay": 0.0, "rho": 0.5})
         members = [Member(p, groups[i % 2], start) for i, (p, start) in enumerate(zip(params, starts, strict=True))]
-        self.bucket = Bucket(members, [{} for _ in members], "eager", Method())
+        self.bucket = Bucket(members, [{} for _ in members], "eager", member.method)
         self.bucket.exp_avg.copy_(random(self.bucket.exp_avg.numel()).float())
-        self.exp_hessian = cast(Tensor, self.bucket.exp_hessian)
-        self.exp_hessian.copy_(random(self.exp_hessian.numel()).float().abs())
+        if self.bucket.exp_hessian is not None:
+            self.bucket.exp_hessian.copy_(random(self.bucket.exp_hessian.numel()).float().abs())
         self.bucket.counts.fill_(3)
+
+    def state(self) -> list[Tensor]:
+        """What a step changes."""
+        bucket = self.bucket
+        averages = [flat for flat in (bucket.exp_avg, bucket.exp_hessian) if flat is not None]
+        return [*bucket.params, *averages, bucket.counts, bucket.skipped]
 
 
 def _grad_norm(case: _Case, backend: Operators) -> list[Tensor]:
@@ -128,7 +145,7 @@ def _update(hessian: bool, spoilt: bool = False) -> Callable[[_Case, Operators],
             view_of(bucket.backup, offset, param).copy_(param)
         guards = [torch.ones((), dtype=torch.float64, device=bucket.device)]
         if spoilt:
-            case.grads[-1][-1] = torch.nan
+            case.grads[-1][0, -1] = torch.nan
         backend.update_(
             bucket.params,
             case.grads,
@@ -149,20 +166,58 @@ def _update(hessian: bool, spoilt: bool = False) -> Callable[[_Case, Operators],
             bucket.table.values,
             bucket.settings,
         )
-        return [*bucket.params, bucket.exp_avg, case.exp_hessian, bucket.counts, bucket.skipped]
+        return case.state()
 
     return run
 
 
-CASES: dict[str, Callable[[_Case, Operators], list[Tensor]]] = {
-    "grad_norm": _grad_norm,
-    "perturb_": _perturb(False),
-    "perturb_ (measuring)": _perturb(True),
-    "rademacher_": _rademacher,
-    "hutchinson_": _hutchinson,
-    "update_ (lazy)": _update(False),
-    "update_ (Hessian)": _update(True),
-    "update_ (skipped)": _update(True, spoilt=True),
+def _along_average(case: _Case, backend: Operators) -> list[Tensor]:
+    """To w' along exp_avg and, by a step, from there."""
+    bucket, norm = case.bucket, torch.zeros((), dtype=torch.float64, device=case.bucket.device)
+    place, numbers = (bucket.offsets, bucket.rows, bucket.layouts), (bucket.table.values, bucket.settings)
+    # Of narrow parameters w cannot be worked out.
+    known, backup = (norm, None) if bucket.exp_avg.dtype == bucket.dtype else (None, bucket.backup)
+    backend.perturb_(bucket.params, bucket.averages, backup, *place, norm, True, *numbers)
+    moved = [param.clone() for param in bucket.params]
+    state = (bucket.exp_avg, bucket.exp_hessian, bucket.counts, bucket.skipped)
+    backend.update_(
+        bucket.params, case.grads, [], None, backup, known, *state, *place, bucket.blocked, [norm], True, *numbers
+    )
+    return [*moved, norm, *case.state()]
+
+
+def _by_blocks(case: _Case, backend: Operators) -> list[Tensor]:
+    """A Hessian step whose elements share D by blocks."""
+    bucket, hessian = case.bucket, cast(Tensor, case.bucket.exp_hessian)
+    averaged, guard = hessian.clone(), torch.ones((), dtype=torch.float64, device=bucket.device)
+    backend.block_average_(case.products, hessian, averaged, bucket.offsets, bucket.blocked, bucket.settings)
+    state = (bucket.exp_avg, hessian, bucket.counts, bucket.skipped)
+    place, numbers = (bucket.offsets, bucket.rows, bucket.layouts), (bucket.table.values, bucket.settings)
+    backend.update_(
+        bucket.params, case.grads, [], averaged, None, None, *state, *place, bucket.blocked, [guard], True, *numbers
+    )
+    return [averaged, *case.state()]
+
+
+_SASSHA = _Member(Sassha.method)
+_SGD = {"momentum": 0.9, "nesterov": True}
+
+CASES: dict[str, tuple[_Member, Callable[[_Case, Operators], list[Tensor]]]] = {
+    "grad_norm": (_SASSHA, _grad_norm),
+    "perturb_": (_SASSHA, _perturb(False)),
+    "perturb_ (measuring)": (_SASSHA, _perturb(True)),
+    "rademacher_": (_SASSHA, _rademacher),
+    "hutchinson_": (_SASSHA, _hutchinson),
+    "block_average_": (_Member(Sassha.method, {"hessian_block": 32}), _by_blocks),
+    "update_ (lazy)": (_SASSHA, _update(False)),
+    "update_ (Hessian)": (_SASSHA, _update(True)),
+    "update_ (skipped)": (_SASSHA, _update(True, spoilt=True)),
+    "MSassha": (_Member(MSassha.method), _along_average),
+    "SAMSGD": (_Member(SAMSGD.method, _SGD), _update(False)),
+    "SAMSGD along -m": (_Member(SAMSGD.method, {**_SGD, "ascent": "momentum"}), _along_average),
+    "SAMAdamW": (_Member(SAMAdamW.method), _update(False)),
+    "AdaHessian": (_Member(AdaHessian.method), _update(True)),
+    "SophiaH": (_Member(SophiaH.method, {"clip_threshold": 0.04, "eps": 0.1}), _update(True)),
 }
 
 
@@ -192,11 +247,11 @@ def run() -> Iterator[Result]:
             except ValueError:
                 continue
             for dtype in DTYPES:
-                for name, case in CASES.items():
+                for name, (member, case) in CASES.items():
                     error, failure = float("inf"), ""
                     try:
-                        found = case(_Case(device, dtype, exact=False), chosen)
-                        expected = case(_Case(torch.device("cpu"), dtype, exact=True), eager)
+                        found = case(_Case(device, dtype, False, member), chosen)
+                        expected = case(_Case(torch.device("cpu"), dtype, True, member), eager)
                         error = max(_error_in_ulp(a, e) for a, e in zip(found, expected, strict=True))
                     except Exception as raised:  # a backend's failure is a row of the table, whatever it is
                         failure = f"{type(raised).__name__}: {raised}"
@@ -205,7 +260,7 @@ def run() -> Iterator[Result]:
 
 def main() -> int:
     """Prints the table as it grows; returns 1 if any case failed."""
-    layout = "{:8} {:8} {:9} {:18} {:>12}  {}"
+    layout = "{:8} {:8} {:9} {:20} {:>12}  {}"
     print(layout.format("device", "backend", "dtype", "operator", "error (ulp)", "result"))
     failed = count = 0
     for result in run():
