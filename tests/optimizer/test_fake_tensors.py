@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sassha_fused import Sassha, ops
 from sassha_fused.curvature import exact
+from tests.support.members import MEMBERS, each_member
 from tests.support.problems import BACKENDS, STYLES, Problem
 
 pytestmark = pytest.mark.slow
@@ -193,3 +194,15 @@ def test_perturb_and_step_on_fake_cuda_tensors_read_no_value(
     for param in params:
         assert all(value.device == param.device for value in opt.state[param].values())
         assert opt.state[param]["exp_avg"].shape == param.shape
+
+
+@pytest.mark.parametrize("backend", FAKED)
+@each_member
+def test_steps_of_every_member_read_no_value(fake: FakeTensorMode, backend: str, member: str) -> None:
+    kind, options = MEMBERS[member]
+    weight, bias = nn.Parameter(torch.ones(8, 3)), nn.Parameter(torch.ones(8))
+    opt = kind([weight, bias], backend=backend, **options)
+    inputs = torch.ones(6, 3)
+    for _ in range(4):
+        opt.step(lambda: (inputs @ weight.t() + bias).tanh().square().mean())
+    assert all(isinstance(value, FakeTensor) for state in opt.state.values() for value in state.values())

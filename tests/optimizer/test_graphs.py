@@ -14,6 +14,7 @@ from sassha_fused import graphs
 from sassha_fused import passes as operators
 from sassha_fused.counts import Counts
 from sassha_fused.graphs import GraphedStep
+from tests.support.members import OfMember, each_member
 from tests.support.problems import Problem, assert_same, parameter
 
 
@@ -65,7 +66,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PlaybackGraph]]:
         buckets = problem.opt._run.flat.buckets
         live = [*problem.params]
         for bucket in buckets:
-            live += [bucket.exp_avg, bucket.exp_hessian, bucket.backup, bucket.counts, bucket.skipped]
+            state = [bucket.exp_avg, bucket.exp_hessian, bucket.backup, bucket.counts, bucket.skipped]
+            live += [tensor for tensor in state if tensor is not None]
         before = [tensor.detach().clone() for tensor in live]
         numbers = [bucket.evaluation for bucket in buckets]
         for number in numbers:
@@ -256,3 +258,12 @@ def test_a_replay_finds_the_numbers_that_the_groups_say(
     monkeypatch.setattr(PlaybackGraph, "replay", replay)
     run(problem, step, 1)
     assert found == [[each["lr"] for each in problem.opt.param_groups for _ in each["params"]]]
+
+
+@each_member
+def test_graphed_steps_of_every_member_are_those_without_graphs(member: str, recorded: list[PlaybackGraph]) -> None:
+    usual, replayed = OfMember(member), OfMember(member)
+    expected = [usual.step().clone() for _ in range(16)]
+    assert_same(run(replayed, graphed(replayed), 16), expected)
+    assert_same(replayed.snapshot(), usual.snapshot())
+    assert sum(graph.replays for graph in recorded) >= 16 - 1 - 2 * 3
