@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import pytest
-import torch
 
 import sassha_fused
 from tests.method.test_conformance import check_trajectory
@@ -112,45 +111,3 @@ def test_no_member_takes_those_of_other_hyperparameters(
     expected = reference(member, tuple(options.items()))
     with pytest.raises(AssertionError):
         check_trajectory("cpu", one_group, {**options, **change}, expected, member=getattr(sassha_fused, member))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Peers
-
-
-def both(member: Any, peer: Any, options: dict[str, Any], of_peer: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    ours, theirs = (
-        torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2)).double() for _ in "ab"
-    )
-    theirs.load_state_dict(ours.state_dict())
-    opts = member(ours.parameters(), **options), peer(theirs.parameters(), **of_peer)
-    for _ in range(20):
-        x, y = torch.randn(16, 5, dtype=torch.float64), torch.randn(16, 2, dtype=torch.float64)
-        for opt, model in zip(opts, (ours, theirs), strict=True):
-            opt.zero_grad()
-            (model(x) - y).square().mean().backward()
-            opt.step()
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"momentum": 0.0},
-        {"momentum": 0.9},
-        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
-        {"momentum": 0.8, "dampening": 0.4, "weight_decay": 0.1},
-    ],
-    ids=str,
-)
-def test_without_a_radius_samsgd_is_sgd(options: dict[str, Any], maximize: bool) -> None:
-    options = {"lr": 1e-3 if maximize else 0.1, "maximize": maximize, **options}
-    both(sassha_fused.SAMSGD, torch.optim.SGD, {**options, "rho": 0.0}, options)
-
-
-@pytest.mark.parametrize("options", [{}, {"lr": 0.01, "betas": (0.5, 0.7), "eps": 1e-3}, {"maximize": True}], ids=str)
-def test_without_a_radius_samadamw_is_adamw(options: dict[str, Any]) -> None:
-    both(sassha_fused.SAMAdamW, torch.optim.AdamW, {**options, "rho": 0.0}, options)
