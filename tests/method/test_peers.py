@@ -79,7 +79,7 @@ class Pair:
 
     def apart(self) -> float:
         pairs = zip(self.ours.parameters(), self.theirs.parameters(), strict=True)
-        return max(float((a - b).abs().max()) for a, b in pairs)
+        return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
