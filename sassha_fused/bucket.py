@@ -96,6 +96,8 @@ class Bucket:
             self.settings.hessian_block,
         ):
             return False
+        for group in self.table.groups:
+            self.method.check_dtype(self.dtype, group)
         self.settings = settings
         self.table.write()
         return True

@@ -207,7 +207,7 @@ class FlatState:
                 if param not in saved and not self._wants_state(param):
                     stateless.append(param)
                 else:
-                    self.method.check_dtype(param, group)
+                    self.method.check_dtype(param.dtype, group)
                     if param not in saved:
                         check_parameter(param)
                         if param.grad is not None:

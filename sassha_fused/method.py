@@ -9,7 +9,6 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .checks import ASCENTS, BIAS_CORRECTIONS, SHARED
 from .settings import DIRECTIONS, SECOND_AVERAGES, RowSettings, Settings
@@ -80,17 +79,17 @@ class Method:
         """Whether the perturbation points along the first average, so that a step has one pass alone, at w'."""
         return bool(group.get("ascent", self.ascent) == "momentum")
 
-    def check_dtype(self, param: Tensor, group: dict[str, Any]) -> None:
-        """ValueError where a parameter is too narrow for where its passes are taken."""
-        if not param.requires_grad or param.dtype in (torch.float64, torch.float32):
+    def check_dtype(self, dtype: torch.dtype, group: dict[str, Any], trained: bool = True) -> None:
+        """ValueError where parameters of a group that are trained are too narrow for where its passes are taken."""
+        if not trained or dtype in (torch.float64, torch.float32):
             return
         if not group.get("exact_restore", True):
             raise ValueError(
-                f"exact_restore=False needs float64 or float32 parameters, got {param.dtype}, in which w worked out "
-                "from w' would lose what a step changes"
+                f"exact_restore=False needs float64 or float32 parameters, got {dtype}, in which w worked out from w' "
+                "would lose what a step changes"
             )
         if self.along_momentum(group) and group["adaptive"]:
-            raise ValueError(f"adaptive=True along the momentum needs float64 or float32 parameters, got {param.dtype}")
+            raise ValueError(f"adaptive=True along the momentum needs float64 or float32 parameters, got {dtype}")
 
     def settings_of(self, group: dict[str, Any]) -> Settings:
         """The Settings of a parameter group."""

@@ -227,7 +227,7 @@ class FusedOptimizer(Optimizer):
         try:
             for param in group["params"]:
                 check_parameter(param)
-                self._run.flat.method.check_dtype(param, group)
+                self._run.flat.method.check_dtype(param.dtype, group, param.requires_grad)
             check_groups([self.param_groups[0], group], self._run.flat.method)
         except (TypeError, ValueError):
             self.param_groups.pop()

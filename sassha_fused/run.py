@@ -37,6 +37,7 @@ class Run:
         given_up: what ended the step under way before its time, until step() has said so.
         watch: hooks of a hessian_pass() that no step owns yet.
         others: parameters outside the optimizer that its losses reach, as the last Hessian pass found them.
+        graphs_in_vain: steps that built a graph for the first Hessian of parameters that then had no gradient.
     """
 
     flat: FlatState
@@ -48,6 +49,7 @@ class Run:
     given_up: str | None = None
     watch: GradientWatch | None = None
     others: Sequence[Tensor] = ()
+    graphs_in_vain: int = 0
 
     def __post_init__(self) -> None:
         self.accepted = AcceptedGroups(self.flat.method)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from ..step import Step
 
 _requires_grad = attrgetter("requires_grad")
+
+# Steps that may build a graph in vain before somebody is told.
+_PATIENCE = 20
 
 
 class _AtWPrime(threading.local):
@@ -117,10 +121,26 @@ class Curvature:
                 with passes.explaining_refusals(selections), twice_differentiable():
                     keeps_sign = self._run.flat.method.second_average == "signed"
                     products = estimate(SOURCES[self._run.hvp], selections, samples, seed, keeps_sign, keep_graph)
+            elif selections:
+                self._notice_graph_in_vain()
             self.products, self.taken = products, True
             self.end()
             self._took_part = [selection.with_grads(()) for selection in selections]
             return selections
+
+    def _notice_graph_in_vain(self) -> None:
+        """Warns where a graph is built in step after step, for the first Hessian of what never has a gradient."""
+        self._run.graphs_in_vain += 1
+        if self._run.graphs_in_vain != _PATIENCE:
+            return
+        trained = [param for param in of_groups(self._groups) if param.requires_grad]
+        if missing := [param for param in trained if self._run.flat.lacks_hessian([param])]:
+            warnings.warn(
+                f"{_PATIENCE} steps have built a graph, and taken the time of Hessian steps, for the first Hessian of "
+                f"parameters that had no gradient in them, as {name_of(missing[0], self._groups)}: freeze these, or "
+                "leave them out of the optimizer",
+                stacklevel=2,
+            )
 
     def number_evaluation(self) -> None:
         """Tells the devices the index of this Hessian evaluation, on which the random signs depend."""

@@ -365,3 +365,52 @@ def test_all_members_are_in_the_package() -> None:
     kinds = {kind for kind, _ in MEMBERS.values()}
     named = {getattr(sassha_fused, name) for name in sassha_fused.__all__}
     assert {kind for kind in named if isinstance(kind, type) and issubclass(kind, FusedOptimizer)} == kinds
+
+
+@pytest.mark.parametrize("exact_restore", [False])
+def test_no_edit_leads_to_weights_that_cannot_be_worked_out(exact_restore: bool) -> None:
+    problem = OfMember("MSassha", dtype=torch.bfloat16)
+    problem.step()
+    before = weights(problem.params)
+    for group in problem.opt.param_groups:
+        group["exact_restore"] = exact_restore
+    with pytest.raises(ValueError, match="exact_restore=False needs float64 or float32 parameters"):
+        problem.step()
+    assert_same(weights(problem.params), before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(MSassha, {}), (Sassha, {"rho": 0.0}), (AdaHessian, {"hessian_interval": 5})]
+)
+def test_a_parameter_that_never_has_a_gradient_is_named_before_it_costs_much(
+    kind: Any, options: dict[str, Any]
+) -> None:
+    model, unused = nn.Linear(3, 1), nn.Parameter(torch.ones(4))
+    opt = kind([*model.parameters(), unused], lr=0.01, **options)
+    with pytest.warns(UserWarning, match=r"parameter 2 of group 0, \(4,\): freeze these") as found:
+        for _ in range(60):
+            opt.step(lambda: model(torch.ones(2, 3)).square().mean())
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_samadamw_goes_on_from_a_checkpoint_of_adamw(steps: int) -> None:
+    theirs, ours = OfMember("SAMAdamW", dtype=torch.float64), OfMember("SAMAdamW", dtype=torch.float64)
+    adamw = torch.optim.AdamW(theirs.params, lr=0.01)
+
+    def step() -> None:
+        adamw.zero_grad()
+        theirs.loss().backward()
+        adamw.step()
+        theirs.steps += 1
+
+    for _ in range(steps):
+        step()
+    ours.model.load_state_dict(theirs.model.state_dict())
+    ours.steps, ours.opt = theirs.steps, SAMAdamW(ours.params, lr=0.01, rho=0.0)
+    ours.opt.load_state_dict(adamw.state_dict())
+    for _ in range(3):
+        step()
+        ours.step()
+    for a, b in zip(theirs.params, ours.params, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
