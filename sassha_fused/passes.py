@@ -25,20 +25,38 @@ def norm(selections: Sequence[Selection]) -> Tensor:
             s.bucket.operators.grad_norm(s.grads, s.params, s.layouts, bool(s.bucket.settings.adaptive))
             for s in selections
         ]
+    return _together(norms)
+
+
+def _norm_of_averages(selections: Sequence[Selection]) -> Tensor:
+    """The same of exp_avg, which has the dtype of the state."""
+    norms = []
+    for s in selections:
+        place = (s.params, s.layouts, True) if s.bucket.settings.adaptive else ((), None, False)
+        norms.append(s.bucket.operators.grad_norm(s.grads, *place))
+    return _together(norms)
+
+
+def _together(norms: Sequence[Tensor]) -> Tensor:
     if len(norms) == 1:
         return norms[0]
     return torch.linalg.vector_norm(torch.stack([_on(norms[0].device, norm) for norm in norms]))
 
 
-def perturb(selections: Sequence[Selection], moved: list[Selection], exact: bool) -> Tensor:
-    """w -> w' in every bucket, w in the backup if exact; returns N. Lists what has moved, also where a later one fails.
+def perturb(
+    selections: Sequence[Selection], moved: list[Selection], along_averages: bool = False, exact: bool = True
+) -> Tensor:
+    """w -> w' in every bucket; returns N. Lists what has moved, also where a later bucket fails.
 
-    Selections that have exp_avg for gradients go along it; without a backup, w is worked out from w' and it.
+    Args:
+        along_averages: whether the selections have exp_avg for gradients.
+        exact: whether w goes into the backup; else it is worked out from w' and exp_avg.
     """
     # perturb_ takes the norm of a single bucket itself; of several, it is taken before any of them is written.
     measure = len(selections) == 1
-    total = selections[0].bucket.norm if measure else norm(selections)
-    with explaining_refusals(selections):
+    total_of = _norm_of_averages if along_averages else norm
+    total = selections[0].bucket.norm if measure else total_of(selections)
+    with explaining_refusals(selections, of_gradients=not along_averages):
         for selection in selections:
             of_bucket = _on(selection.bucket.device, total)
             _perturb(selection, of_bucket, measure, exact)
@@ -50,9 +68,9 @@ def perturb(selections: Sequence[Selection], moved: list[Selection], exact: bool
 
 
 def back_up(selections: Sequence[Selection]) -> None:
-    """backup <- w, where nothing was perturbed: what perturb_ does where the norm is not finite."""
+    """backup <- w, where nothing was perturbed."""
     for selection in selections:
-        _perturb(selection, torch.full_like(selection.bucket.norm, torch.inf), measure=False, exact=True)
+        torch._foreach_copy_(selection.backups(), list(selection.params))
 
 
 def _perturb(selection: Selection, norm: Tensor, measure: bool, exact: bool) -> None:
@@ -236,8 +254,8 @@ def _guard(scalar: Tensor) -> Tensor:
 class explaining_refusals:
     """Where an operator refuses its arguments, says which gradient or parameter it was, and why."""
 
-    def __init__(self, selections: Sequence[Selection]) -> None:
-        self._selections = selections
+    def __init__(self, selections: Sequence[Selection], of_gradients: bool = True) -> None:
+        self._selections, self._of_gradients = selections, of_gradients
 
     def __enter__(self) -> None:
         pass
@@ -245,5 +263,6 @@ class explaining_refusals:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, (RuntimeError, TypeError, ValueError)):
             for selection in self._selections:
-                check_gradients(selection.params, selection.grads)
+                if self._of_gradients:
+                    check_gradients(selection.params, selection.grads)
                 selection.check_current()

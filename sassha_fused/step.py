@@ -149,7 +149,7 @@ class Step:
         if not selections:
             return None
         try:
-            return passes.perturb(selections, self._moved, self._exact)
+            return passes.perturb(selections, self._moved, self._along_momentum, self._exact)
         finally:
             if self._moved:
                 self.perturbed = True

@@ -414,3 +414,30 @@ def test_samadamw_goes_on_from_a_checkpoint_of_adamw(steps: int) -> None:
         ours.step()
     for a, b in zip(theirs.params, ours.params, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@each_member
+@pytest.mark.parametrize("rho", [None, 0.0])
+def test_parameters_of_several_dtypes_take_steps_together(member: str, rho: float | None) -> None:
+    # Each bucket's step is that of its parameters alone but for the norm, which is one: the sums of squares tell it.
+    kind, options = MEMBERS[member]
+    if rho is not None and "rho" in kind([parameter(1.0)]).defaults:
+        options = {**options, "rho": rho}
+    options = {k: v for k, v in options.items() if k != "exact_restore"}
+    torch.manual_seed(0)
+    wide, narrow = nn.Linear(4, 8), nn.Linear(8, 2).bfloat16()
+    start = weights([*wide.parameters(), *narrow.parameters()])
+    opt = kind([*wide.parameters(), *narrow.parameters()], **options)
+    x, y = torch.randn(16, 4), torch.randn(16, 2)
+
+    def loss() -> Tensor:
+        return (narrow(wide(x).tanh().bfloat16()).float() - y).square().mean()
+
+    losses = [opt.step(loss).item() for _ in range(20)]
+    assert opt.skipped_steps == 0 and losses[-1] < losses[0]
+    assert len(opt._run.flat.buckets) == 2
+    assert_differ([*wide.parameters(), *narrow.parameters()], start)
+    if rho != 0.0 and ("along" in member or "MSassha" in member):
+        norms = [float(torch.cat([a.double().flatten() for a in b.averages]).norm()) for b in opt._run.flat.buckets]
+        opt.perturb()
+        assert float(opt._run.step._norm) == pytest.approx(math.hypot(*norms), rel=1e-12)
