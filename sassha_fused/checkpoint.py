@@ -15,6 +15,9 @@ from .flat import FlatState
 from .method import Method
 from .parameter_state import States
 
+# How state is kept here, as the backend is: what a checkpoint says of them stays out.
+_OWN = ("hessian_block", "exact_restore")
+
 
 class AsSaved:
     """Carries one parameter's state through Optimizer.load_state_dict, which would cast it to the parameter's dtype."""
@@ -26,8 +29,10 @@ class AsSaved:
 def check_and_protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Refuses a state that is of another kind or of other parameters; wraps each against a change of dtype."""
     method: Method = optimizer._run.flat.method  # type: ignore[attr-defined]
-    groups = [{**optimizer.defaults, **group} for group in state_dict["param_groups"]]
-    check_groups(groups, method)
+    saved = [dict(group) for group in state_dict["param_groups"]]
+    for group, own in zip(saved, optimizer.param_groups, strict=False):
+        group.update({name: own[name] for name in _OWN if name in own})
+    check_groups([{**optimizer.defaults, **group} for group in saved], method)
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     params = [param for group in optimizer.param_groups for param in group["params"]]
     shapes = {key: param.shape for key, param in zip(keys, params, strict=False)}
@@ -46,10 +51,6 @@ def check_and_protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[
                     f"state_dict: {name} of parameter {key!r} has shape {tuple(state[name].shape)}, the parameter "
                     f"{tuple(shapes[key])}"
                 )
-    saved = [dict(group) for group in state_dict["param_groups"]]
-    for group, own in zip(saved, optimizer.param_groups, strict=False):
-        if "hessian_block" in own:  # how the state lies here, as the backend
-            group["hessian_block"] = own["hessian_block"]
     states = {key: AsSaved(state) for key, state in state_dict["state"].items()}
     return {**state_dict, "state": states, "param_groups": saved}
 

@@ -441,3 +441,14 @@ def test_parameters_of_several_dtypes_take_steps_together(member: str, rho: floa
         norms = [float(torch.cat([a.double().flatten() for a in b.averages]).norm()) for b in opt._run.flat.buckets]
         opt.perturb()
         assert float(opt._run.step._norm) == pytest.approx(math.hypot(*norms), rel=1e-12)
+
+
+def test_whether_a_copy_is_kept_is_not_loaded() -> None:
+    saved = trained("MSassha", 3).opt.state_dict()
+    other = OfMember("MSassha by blocks")
+    other.opt.load_state_dict(saved)
+    assert not any(group["exact_restore"] for group in other.opt.param_groups)
+    along_the_gradient = trained("SAMAdamW", 3).opt.state_dict()
+    without = OfMember("SAMAdamW along momentum", exact_restore=False)
+    with pytest.raises(ValueError, match="exact_restore=False needs ascent='momentum'"):
+        without.opt.load_state_dict(along_the_gradient)
