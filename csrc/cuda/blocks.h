@@ -35,11 +35,17 @@ struct Shared {
   const int within_;
 };
 
-// One by one: neighbours mostly find theirs in the cache.
+// Neighbours of a block have what the first of them has read.
 template <class T, int kCount>
 __device__ __forceinline__ void load_shared(const T* from, const Shared& at, int length, T (&to)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) to[i] = i < length ? from[at.index(i)] : T();
+  for (int i = 0; i < kCount; ++i) {
+    if ((i & (at.length() - 1)) != 0) {
+      to[i] = to[i - 1];
+    } else {
+      to[i] = i < length ? from[at.index(i)] : T();
+    }
+  }
 }
 
 // Each block's by the thread that has its first element.
