@@ -54,7 +54,7 @@ def architecture_of(chip: str) -> str:
 def passes(dtype: str) -> dict[str, list[tuple[str, ...]]]:
     """The kernels of each pass over parameters of a dtype."""
     norm, weighted = ("squares_kernel", dtype, "1"), ("squares_kernel", dtype, "2")
-    check, perturb = ("inspect_kernel", dtype), ("perturb_kernel", dtype, "false")
+    check, perturb = ("inspect_kernel", dtype), ("perturb_kernel", dtype, dtype, "false")
     lazy, hessian = (("update_kernel", dtype, products, "kSquareRoot") for products in ("void", dtype))
     signs = ("rademacher_kernel", dtype)
     return {
