@@ -54,12 +54,19 @@ def test_sophia_clips_the_quotient_and_averages_products_with_their_signs(
     check_update(backend, case, hessian, hyper=hyper, formula=formula)
 
 
-@each_backend_with(maximize=(False, True), backup=(False, True), specs=("every size", "many tensors"), dtype=DTYPES)
+@each_backend_with(
+    power=(1.0, 2.0, 1.4),
+    maximize=(False, True),
+    backup=(False, True),
+    specs=("every size", "many tensors"),
+    dtype=DTYPES,
+)
 def test_adam_averages_the_squares_of_gradients_in_every_step(
-    backend: str, dtype: torch.dtype, specs: str, backup: bool, maximize: bool
+    backend: str, dtype: torch.dtype, specs: str, backup: bool, maximize: bool, power: float
 ) -> None:
-    hyper = {**ADAM, "maximize": maximize}
-    formula = {**hyper, "hessian_power": 0.5, "bias_correction": "step", "second": "gradient"}
+    # Its own power is 1, of the root; others are for whoever writes the settings by hand.
+    hyper = {**ADAM, "maximize": maximize, "hessian_power": power}
+    formula = {**hyper, "hessian_power": power / 2, "bias_correction": "step", "second": "gradient"}
     case = listed_case(backend, dtype, specs)
     check_update(backend, case, False, backup, hyper=hyper, formula=formula, second=True)
 
