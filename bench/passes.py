@@ -68,6 +68,9 @@ def passes(dtype: str) -> dict[str, list[tuple[str, ...]]]:
         "update_, lazy, its check included": [check, lazy],
         "update_, Hessian": [hessian],
         "update_, Hessian, its checks included": [check, check, hessian],
+        "update_, squares of gradients": [("update_kernel", dtype, "OfGradients", "kSquareRoot")],
+        "update_, plain": [("update_kernel", dtype, "void", "kPlain")],
+        "block_average_, beside the blocks": [("block_average_kernel", dtype)],
         "lazy step": [norm, perturb, check, lazy],
         "Hessian step": [norm, perturb, signs, check, check, hessian],
     }
