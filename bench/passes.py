@@ -54,7 +54,7 @@ def architecture_of(chip: str) -> str:
 def passes(dtype: str) -> dict[str, list[tuple[str, ...]]]:
     """The kernels of each pass over parameters of a dtype."""
     norm, weighted = ("squares_kernel", dtype, "1"), ("squares_kernel", dtype, "2")
-    check, perturb = ("inspect_kernel", dtype), ("perturb_kernel", dtype, "false")
+    check, perturb = ("inspect_kernel", dtype), ("perturb_kernel", dtype, dtype, "false")
     lazy, hessian = (("update_kernel", dtype, products, "kSquareRoot") for products in ("void", dtype))
     signs = ("rademacher_kernel", dtype)
     return {
@@ -68,6 +68,9 @@ def passes(dtype: str) -> dict[str, list[tuple[str, ...]]]:
         "update_, lazy, its check included": [check, lazy],
         "update_, Hessian": [hessian],
         "update_, Hessian, its checks included": [check, check, hessian],
+        "update_, squares of gradients": [("update_kernel", dtype, "OfGradients", "kSquareRoot")],
+        "update_, plain": [("update_kernel", dtype, "void", "kPlain")],
+        "block_average_, beside the blocks": [("block_average_kernel", dtype)],
         "lazy step": [norm, perturb, check, lazy],
         "Hessian step": [norm, perturb, signs, check, check, hessian],
     }

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bench.bytes import POWERS, VECTOR_BYTES, Kernel, kernels, quick_float64, traffic
+from bench.bytes import KINDS, VECTOR_BYTES, Kernel, kernels, quick_float64, traffic
 from bench.loops import INSTRUCTION, Instruction, Loop, element_loops, float64_conversions, float64_operations
 
 LIBRARY = Path(__file__).resolve().parents[1] / "sassha_fused" / "_cuda.abi3.so"
@@ -122,8 +122,12 @@ def _argument(text: str, before: Sequence[str]) -> tuple[str, str]:
         return ("false", "true")[int(matched[1])], text[matched.end() :]
     if matched := re.match(r"Li(\d+)E", text):
         return matched[1], text[matched.end() :]
-    if matched := re.match(r"LN\w*?5PowerE(\d)E", text):
-        return POWERS[int(matched[1])], text[matched.end() :]
+    if matched := re.match(r"LN\w*?4KindE(\d)E", text):
+        return KINDS[int(matched[1])], text[matched.end() :]
+    if matched := re.match(r"NS0_(\d+)", text):
+        # One of this namespace's own.
+        end = matched.end() + int(matched[1])
+        return text[matched.end() : end], text[end:].removeprefix("E")
     raise ValueError(f"{text}: a template argument that is unknown here")
 
 

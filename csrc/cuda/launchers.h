@@ -52,8 +52,8 @@ struct Perturbation {
   std::vector<int64_t> offsets;
   std::vector<int64_t> rows;
   Tensors params;
-  Tensors grads;
-  void* backup;
+  Tensors grads;        // or, in the dtype of the state, what else eps* points along
+  void* backup;         // or null
   double* norm;         // read; or, where there are partial sums, written
   PartialSums partial;  // of the gradients, or none
   const RowSettings* per_row;
@@ -84,6 +84,18 @@ struct Estimate {
 
 void hutchinson(const Target& target, const Estimate& arguments);
 
+struct BlockAverage {
+  std::vector<int64_t> numel;
+  std::vector<int64_t> offsets;
+  Tensors products;
+  const void* exp_hessian;
+  void* averaged;
+  int64_t blocked;
+  Settings settings;
+};
+
+void block_average(const Target& target, const BlockAverage& arguments);
+
 // What update_ works out once per step: room for it is scratch_bytes(rows).
 int64_t scratch_bytes(int64_t rows);
 
@@ -94,9 +106,12 @@ struct Update {
   Tensors params;
   Tensors grads;
   std::optional<Tensors> products;  // on a Hessian step
+  const void* averaged;             // what exp_hessian becomes, or null
   const void* backup;               // null where the step is from params themselves
+  const double* norm;               // where w is worked out from params, else null
   void* exp_avg;
-  void* exp_hessian;
+  void* exp_hessian;  // null of a plain direction
+  int64_t blocked;
   int64_t* steps;  // [row_count][2]
   const RowSettings* per_row;
   int64_t row_count;

@@ -90,18 +90,18 @@ Tensor grad_norm(StableListHandle grad_list, StableListHandle param_list, std::o
   return norm;
 }
 
-void perturb_(StableListHandle param_list, StableListHandle grad_list, Tensor backup, std::vector<int64_t> offsets,
-              std::vector<int64_t> rows, Tensor layouts, Tensor norm, bool measure, Tensor per_row,
-              std::vector<double> numbers) {
+void perturb_(StableListHandle param_list, StableListHandle grad_list, std::optional<Tensor> backup,
+              std::vector<int64_t> offsets, std::vector<int64_t> rows, Tensor layouts, Tensor norm, bool measure,
+              Tensor per_row, std::vector<double> numbers) {
   const TensorList params(param_list, layouts);
   const TensorList grads(grad_list, params);
   const Settings settings = settings_of(numbers);
-  check_perturb(params, grads, backup, offsets, rows, norm, per_row);
+  check_perturb(params, grads, backup, offsets, rows, norm, per_row, settings);
   if (params.empty()) return;
   const Tensor first = params.tensor(0);
   params.check_device(first);
   grads.check_device(first);
-  check_device(backup, first, "backup");
+  if (backup) check_device(*backup, first, "backup");
   check_device(norm, first, "norm");
   check_device(per_row, first, "per_row");
   const Scope scope(first);
@@ -112,7 +112,7 @@ void perturb_(StableListHandle param_list, StableListHandle grad_list, Tensor ba
   p.rows = std::move(rows);
   p.params = memory_of(params);
   p.grads = memory_of(grads);
-  p.backup = backup.mutable_data_ptr();
+  p.backup = backup ? backup->mutable_data_ptr() : nullptr;
   p.norm = static_cast<double*>(norm.mutable_data_ptr());
   p.per_row = row_settings(per_row);
   p.settings = settings;
@@ -168,20 +168,46 @@ void hutchinson_(StableListHandle product_list, Tensor estimate, std::vector<int
   hutchinson({"hutchinson_", scope.stream()}, e);
 }
 
+void block_average_(StableListHandle product_list, Tensor exp_hessian, Tensor averaged, std::vector<int64_t> offsets,
+                    int64_t blocked, std::vector<double> numbers) {
+  const TensorList products(product_list);
+  const Settings settings = settings_of(numbers);
+  check_block_average(products, exp_hessian, averaged, offsets, blocked, settings);
+  if (products.empty()) return;
+  const Tensor first = products.tensor(0);
+  products.check_device(first);
+  check_device(exp_hessian, first, "exp_hessian");
+  check_device(averaged, first, "averaged");
+  const Scope scope(first);
+  BlockAverage b{};
+  b.numel = lengths_of(products);
+  b.offsets = std::move(offsets);
+  b.products = memory_of(products);
+  b.exp_hessian = exp_hessian.const_data_ptr();
+  b.averaged = averaged.mutable_data_ptr();
+  b.blocked = blocked;
+  b.settings = settings;
+  block_average({"block_average_", scope.stream()}, b);
+}
+
 void update_(StableListHandle param_list, StableListHandle grad_list, StableListHandle product_list,
-             std::optional<Tensor> backup, Tensor exp_avg, Tensor exp_hessian, Tensor steps, Tensor skipped,
-             std::vector<int64_t> offsets, std::vector<int64_t> rows, Tensor layouts, std::vector<Tensor> guards,
-             bool guard_grads, Tensor per_row, std::vector<double> numbers) {
+             std::optional<Tensor> averaged, std::optional<Tensor> backup, std::optional<Tensor> norm, Tensor exp_avg,
+             std::optional<Tensor> exp_hessian, Tensor steps, Tensor skipped, std::vector<int64_t> offsets,
+             std::vector<int64_t> rows, Tensor layouts, int64_t blocked, std::vector<Tensor> guards, bool guard_grads,
+             Tensor per_row, std::vector<double> numbers) {
   const TensorList params(param_list, layouts);
   const TensorList grads(grad_list, params);
   const bool hessian_step = list_size(product_list) > 0;
   const TensorList products = hessian_step ? TensorList(product_list, params) : TensorList(product_list);
   const Settings settings = settings_of(numbers);
-  check_update(params, grads, products, backup, exp_avg, exp_hessian, steps, skipped, offsets, rows, per_row);
+  check_update(params, grads, products, averaged, backup, norm, exp_avg, exp_hessian, steps, skipped, offsets, rows,
+               blocked, per_row, settings);
   for (const TensorList* list : {&params, &grads, &products}) list->check_device(steps);
+  if (averaged) check_device(*averaged, steps, "averaged");
   if (backup) check_device(*backup, steps, "backup");
+  if (norm) check_device(*norm, steps, "norm");
   check_device(exp_avg, steps, "exp_avg");
-  check_device(exp_hessian, steps, "exp_hessian");
+  if (exp_hessian) check_device(*exp_hessian, steps, "exp_hessian");
   check_device(skipped, steps, "skipped");
   check_device(per_row, steps, "per_row");
   const Dtype dtype = dtype_of(exp_avg.scalar_type());
@@ -195,9 +221,12 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
   u.params = memory(params);
   u.grads = memory(grads);
   if (hessian_step) u.products = memory(products);
+  u.averaged = averaged ? averaged->const_data_ptr() : nullptr;
   u.backup = backup ? backup->const_data_ptr() : nullptr;
+  u.norm = norm ? static_cast<const double*>(norm->const_data_ptr()) : nullptr;
   u.exp_avg = exp_avg.mutable_data_ptr();
-  u.exp_hessian = exp_hessian.mutable_data_ptr();
+  u.exp_hessian = exp_hessian ? exp_hessian->mutable_data_ptr() : nullptr;
+  u.blocked = blocked;
   u.steps = static_cast<int64_t*>(steps.mutable_data_ptr());
   u.per_row = row_settings(per_row);
   u.row_count = steps.size(0);
@@ -226,5 +255,6 @@ STABLE_TORCH_LIBRARY_IMPL(SASSHA_NAMESPACE, SASSHA_DISPATCH_KEY, m) {
   m.impl("perturb_", TORCH_BOX(&sassha::cuda::perturb_));
   m.impl("rademacher_", TORCH_BOX(&sassha::cuda::rademacher_));
   m.impl("hutchinson_", TORCH_BOX(&sassha::cuda::hutchinson_));
+  m.impl("block_average_", TORCH_BOX(&sassha::cuda::block_average_));
   m.impl("update_", TORCH_BOX(&sassha::cuda::update_));
 }

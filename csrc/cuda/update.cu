@@ -1,5 +1,6 @@
 // update_: exp_avg, exp_hessian (on a Hessian step) and the weights in one pass. Moves 24 bytes per float32 element on
-// a lazy step, 32 on a Hessian step.
+// a lazy step, 32 on a Hessian step, 28 where gradients are what exp_hessian averages, and 20 where there is none; with
+// exp_hessian by blocks 20 and little more.
 //
 // Two launches: inspect_kernel looks for what is not finite and works out what a step needs once; update_kernel reads
 // its findings. So nothing is written before everything was read, and the host waits for nothing.
@@ -7,6 +8,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "cuda/blocks.h"
 #include "cuda/launch.h"
 #include "cuda/sums.h"
 #include "math/sassha.h"
@@ -27,8 +29,9 @@ constexpr int kGuards = 4;
 struct Chores {
   Scalar guards[kGuards];
   int guard_count;
-  bool hessian_step;
+  bool second;  // whether exp_hessian is written
   Settings settings;
+  const double* norm;  // or null
   const int64_t* steps;
   const RowSettings* per_row;
   int64_t rows;
@@ -41,15 +44,19 @@ struct InspectArguments {
   Chores chores;
 };
 
+// Whether w is worked out from params, by this norm.
+__device__ inline bool unperturbs(const double* norm) { return norm != nullptr && std::isfinite(*norm); }
+
 template <class T>
 __device__ void prepare(const Chores& chores) {
   Prepared<T>* const prepared = static_cast<Prepared<T>*>(chores.prepared);
+  const double inverse = unperturbs(chores.norm) ? inverse_norm(*chores.norm) : 0;
   for (int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x; row < chores.rows;
        row += int64_t{gridDim.x} * kThreads) {
     const int64_t step = chores.steps[2 * row] + 1;
     int64_t hessian_step = chores.steps[2 * row + 1];
-    if (chores.hessian_step) hessian_step = next_hessian_step(chores.settings, step, hessian_step);
-    const auto scalars = update_scalars<T>(chores.settings, chores.per_row[row], step, hessian_step);
+    if (chores.second) hessian_step = next_hessian_step(chores.settings, step, hessian_step);
+    const auto scalars = update_scalars<T>(chores.settings, chores.per_row[row], inverse, step, hessian_step);
     prepared[row] = {scalars, step, hessian_step};
   }
 }
@@ -68,18 +75,27 @@ __global__ void __launch_bounds__(kThreads) inspect_kernel(const __grid_constant
   a.partial[blockIdx.x] = sum;
 }
 
-// H: the dtype of the products, void on a lazy step.
+// In place of the dtype of products: exp_hessian averages the squares of the gradients.
+struct OfGradients {};
+
+template <class H>
+constexpr bool kHasProducts = !std::is_void_v<H> && !std::is_same_v<H, OfGradients>;
+
+// H: what exp_hessian averages in this step: products of a dtype, OfGradients, or void: nothing.
 template <class P, class H>
 struct UpdateArguments {
   using T = Compute<P>;
-  using AnyTable = RowTable<std::is_void_v<H> ? 2 : 3>;
+  using AnyTable = RowTable<kHasProducts<H> ? 3 : 2>;
   AnyTable table;   // params, grads and, on a Hessian step, products
-  const P* backup;  // this and the next two: where the table's first unit lies; or null, and w is in params
+  const P* backup;  // this and the next three: where the table's first unit lies; or null, and w is in params
   T* exp_avg;
-  T* exp_hessian;
+  T* exp_hessian;     // null of a plain direction
+  const T* averaged;  // what takes the place of exp_hessian, or null
+  Blocks blocks;      // of both
   int64_t* steps;
   int64_t* skipped;
   const Prepared<T>* prepared;
+  const double* norm;  // or null
   const double* partial;
   int64_t partial_count;
   UpdateConstants<T> constants;
@@ -97,18 +113,36 @@ __device__ void record(const UpdateArguments<P, H>& a, bool finite) {
   }
 }
 
-// params <- backup
+// w, in place of what params were moved to along exp_avg; of narrow parameters, which would be rounded twice, a copy is
+// kept instead.
+template <class P, class T, int kCount>
+__device__ __forceinline__ void unperturb(P (&w)[kCount], const T (&m)[kCount], const UpdateScalars<T>& scalars) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) w[i] = unperturbed(w[i], m[i], scalars.perturbation);
+}
+
+// params <- w: the backup, or what can be worked out from params.
 template <class P, class H>
 __device__ void restore(const UpdateArguments<P, H>& a) {
+  using T = Compute<P>;
   for (Chunks<P, typename UpdateArguments<P, H>::AnyTable> chunks(a.table); chunks.more(); chunks.next()) {
 #pragma unroll 1
     for (int j = 0; j < kVectorsPerChunk<P>; ++j) {
       const Place at = chunks.place(j);
+      if (at.length == 0) continue;
       P* const weights = a.table.template tensor<P>(0, at.entry) + at.element;
-      const P* const backup = a.backup + at.flat;
-      const bool vectors = at.template whole<P>() && aligned(weights, backup);
+      const P* const old = a.backup != nullptr ? a.backup + at.flat : weights;
+      const T* const exp_avg = a.exp_avg + at.flat;
+      const bool vectors = at.template whole<P>() && aligned(weights, old, exp_avg);
       P w[kVector<P>];
-      load<Reuse::kLate>(backup, at.length, vectors, w);
+      load<Reuse::kLate>(old, at.length, vectors, w);
+      if constexpr (std::is_same_v<P, T>) {
+        if (a.backup == nullptr) {
+          T m[kVector<P>];
+          load<Reuse::kLate>(exp_avg, at.length, vectors, m);
+          unperturb(w, m, a.prepared[a.table.row[at.entry]].scalars);
+        }
+      }
       store<Reuse::kSoon>(w, at.length, vectors, weights);
     }
   }
@@ -117,20 +151,26 @@ __device__ void restore(const UpdateArguments<P, H>& a) {
 // How many blocks a multiprocessor must have registers for: 64 a thread.
 constexpr int kUpdateBlocks = 4;
 
-template <class P, class H, Power kPower>
+template <class P, class H, Kind kKind>
 __global__ void __launch_bounds__(kThreads, kUpdateBlocks)
     update_kernel(const __grid_constant__ UpdateArguments<P, H> a) {
   using T = Compute<P>;
-  constexpr bool kHessianStep = !std::is_void_v<H>;
-  using Product = std::conditional_t<kHessianStep, H, P>;
+  constexpr bool kSecond = !std::is_void_v<H>;
+  using Product = std::conditional_t<kHasProducts<H>, H, P>;
   using AnyTable = typename UpdateArguments<P, H>::AnyTable;
+  // The state of narrow parameters is wider than they are: one vector of it at a time, and of what is as wide, spares
+  // registers.
+  constexpr bool kWide = sizeof(Product) > sizeof(P);
 
   const bool finite = std::isfinite(block_sum(a.partial, a.partial_count));
+  const bool moved_along = std::is_same_v<P, T> && unperturbs(a.norm);
   record(a, finite);
   if (!finite) {
-    if (a.backup != nullptr) restore(a);
+    if (a.backup != nullptr || moved_along) restore(a);
     return;
   }
+  // Then exp_hessian is read, and where it has been averaged written, one by one.
+  const bool by_blocks = !kSecond && (a.averaged != nullptr || a.blocks.shift > 0);
   int entry = -1;
   UpdateScalars<T> scalars;
   for (Chunks<P, AnyTable> chunks(a.table); chunks.more(); chunks.next()) {
@@ -148,32 +188,48 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks)
       const P* const gradients = a.table.template tensor<const P>(1, at.entry) + at.element;
       T* const exp_avg = a.exp_avg + at.flat;
       T* const exp_hessian = a.exp_hessian + at.flat;
-      bool vectors = at.template whole<P>() && aligned(weights, old, gradients, exp_avg, exp_hessian);
+      bool vectors = at.template whole<P>() && aligned(weights, old, gradients, exp_avg);
+      if (kKind != Kind::kPlain) vectors = vectors && (by_blocks || aligned(exp_hessian));
       P g[kVector<P>];
-      [[maybe_unused]] Product product[kVector<P>];
-      if constexpr (kHessianStep) {
-        const H* const products = a.table.template tensor<const H>(2, at.entry) + at.element;
+      [[maybe_unused]] Product product[kVector<Product>];
+      [[maybe_unused]] const Product* products = nullptr;
+      if constexpr (kHasProducts<H>) {
+        products = a.table.template tensor<const H>(2, at.entry) + at.element;
         vectors = vectors && aligned(products);
-        load<Reuse::kLate>(products, at.length, vectors, product);
+        if (!kWide) load<Reuse::kLate>(products, at.length, vectors, product);
       }
       load<Reuse::kLate>(old, at.length, vectors, w);
       load<Reuse::kLate>(gradients, at.length, vectors, g);
-      // The state of narrow parameters is wider than they are: one vector of it at a time spares registers.
 #pragma unroll
       for (int first = 0; first < kVector<P>; first += kVector<T>) {
         const int length = at.length - first;
+        if (kWide) load<Reuse::kLate>(products + first, length, vectors, product);
         T m[kVector<T>], D[kVector<T>];
         load<Reuse::kLate>(exp_avg + first, length, vectors, m);
-        load<Reuse::kLate>(exp_hessian + first, length, vectors, D);
+        if constexpr (std::is_same_v<P, T>) {
+          if (moved_along) unperturb(w, m, scalars);
+        }
+        if constexpr (kKind != Kind::kPlain) {
+          if (by_blocks) {
+            const T* const from = a.averaged != nullptr ? a.averaged : a.exp_hessian;
+            const Shared shared(a.blocks, at.flat + first);
+            load_shared(from, shared, length, D);
+            if (a.averaged != nullptr) store_shared(D, shared, length, a.exp_hessian);
+          } else {
+            load<Reuse::kLate>(exp_hessian + first, length, vectors, D);
+          }
+        }
 #pragma unroll
         for (int i = 0; i < kVector<T>; ++i) {
           P& weight = w[first + i];
-          m[i] = averaged_gradient<T>(m[i], widen(g[first + i]), a.constants);
-          if constexpr (kHessianStep) D[i] = averaged_hessian<T>(D[i], widen(product[first + i]), a.constants);
-          weight = narrow<P>(updated<T, kPower>(widen(weight), m[i], D[i], a.constants, scalars));
+          const T gradient = widen(g[first + i]);
+          T hessian = gradient;
+          if constexpr (kHasProducts<H>) hessian = widen(product[kWide ? i : first + i]);
+          weight =
+              narrow<P>(updated<T, kKind, kSecond>(widen(weight), gradient, hessian, m[i], D[i], a.constants, scalars));
         }
         store<Reuse::kLate>(m, length, vectors, exp_avg + first);
-        if constexpr (kHessianStep) store<Reuse::kLate>(D, length, vectors, exp_hessian + first);
+        if constexpr (kSecond) store<Reuse::kLate>(D, length, vectors, exp_hessian + first);
       }
       store<Reuse::kSoon>(w, at.length, vectors, weights);
     }
@@ -208,8 +264,9 @@ void inspect(const Target& target, const std::vector<int64_t>& numel, const Tens
 PartialSums inspect(const Target& target, const Update& u) {
   PartialSums partial{u.partial.sums, 0};
   Chores chores{};
-  chores.hessian_step = u.products.has_value();
+  chores.second = averages_second(u.settings, u.products || u.averaged);
   chores.settings = u.settings;
+  chores.norm = u.norm;
   chores.steps = u.steps;
   chores.per_row = u.per_row;
   chores.rows = u.row_count;
@@ -222,11 +279,11 @@ PartialSums inspect(const Target& target, const Update& u) {
   return partial;
 }
 
-template <class P, class H, Power kPower>
-void update_as(const Target& target, const Update& u, const PartialSums& partial) {
+template <class P, class H, Kind kKind>
+void update_as(const Target& target, const Update& u, const Tensors* products, const PartialSums& partial) {
   using T = Compute<P>;
   using AnyTable = typename UpdateArguments<P, H>::AnyTable;
-  const auto kernel = update_kernel<P, H, kPower>;
+  const Blocks blocks = blocks_of(u.settings, u.blocked);
   for_each_table<AnyTable>(
       u.numel, &u.offsets,
       [&](AnyTable& table, int entry, int64_t i) {
@@ -234,33 +291,41 @@ void update_as(const Target& target, const Update& u, const PartialSums& partial
         if (i < 0) return;
         table.data[0][entry] = u.params.data[i];
         table.data[1][entry] = u.grads.data[i];
-        if constexpr (!std::is_void_v<H>) table.data[2][entry] = u.products->data[i];
+        if constexpr (kHasProducts<H>) table.data[2][entry] = products->data[i];
       },
       [&](const AnyTable& table, int64_t origin) {
+        const int64_t start = blocks.index(origin);
         UpdateArguments<P, H> arguments;
         arguments.table = table;
         arguments.backup = u.backup ? static_cast<const P*>(u.backup) + origin : nullptr;
         arguments.exp_avg = static_cast<T*>(u.exp_avg) + origin;
-        arguments.exp_hessian = static_cast<T*>(u.exp_hessian) + origin;
+        arguments.exp_hessian = u.exp_hessian ? static_cast<T*>(u.exp_hessian) + start : nullptr;
+        arguments.averaged = u.averaged ? static_cast<const T*>(u.averaged) + start : nullptr;
+        arguments.blocks = blocks_from(blocks, origin);
         arguments.steps = u.steps;
         arguments.skipped = u.skipped;
         arguments.prepared = static_cast<const Prepared<T>*>(u.scratch);
+        arguments.norm = u.norm;
         arguments.partial = partial.sums;
         arguments.partial_count = partial.count;
         arguments.constants = update_constants<T>(u.settings);
-        launch_over_table(target, kernel, arguments);
+        launch_over_table(target, update_kernel<P, H, kKind>, arguments);
       });
 }
 
 template <class P, class H>
-void update_with(const Target& target, const Update& u, const PartialSums& partial) {
-  switch (power_of(u.settings.hessian_power)) {
-    case Power::kSquareRoot:
-      return update_as<P, H, Power::kSquareRoot>(target, u, partial);
-    case Power::kIdentity:
-      return update_as<P, H, Power::kIdentity>(target, u, partial);
-    case Power::kGeneral:
-      return update_as<P, H, Power::kGeneral>(target, u, partial);
+void update_with(const Target& target, const Update& u, const Tensors* products, const PartialSums& partial) {
+  switch (kind_of(u.settings)) {
+    case Kind::kSquareRoot:
+      return update_as<P, H, Kind::kSquareRoot>(target, u, products, partial);
+    case Kind::kIdentity:
+      return update_as<P, H, Kind::kIdentity>(target, u, products, partial);
+    case Kind::kGeneral:
+      return update_as<P, H, Kind::kGeneral>(target, u, products, partial);
+    case Kind::kClipped:
+      return update_as<P, H, Kind::kClipped>(target, u, products, partial);
+    case Kind::kPlain:
+      return update_as<P, void, Kind::kPlain>(target, u, products, partial);
   }
 }
 
@@ -273,10 +338,15 @@ void update(const Target& target, const Update& u) {
   const PartialSums partial = inspect(target, u);
   with_dtype(u.params.dtype, [&](auto type) {
     using P = typename decltype(type)::type;
-    if (!u.products) return update_with<P, void>(target, u, partial);
+    const bool of_gradients = !u.products && !u.averaged && averages_second(u.settings, false);
+    // No member of the family takes another power of them: gradients come twice then, the second time as products.
+    if (of_gradients && kind_of(u.settings) != Kind::kSquareRoot)
+      return update_with<P, P>(target, u, &u.grads, partial);
+    if (of_gradients) return update_as<P, OfGradients, Kind::kSquareRoot>(target, u, nullptr, partial);
+    if (!u.products) return update_with<P, void>(target, u, nullptr, partial);
     // Means over several samples come in the compute type.
-    if (u.products->dtype == u.params.dtype) return update_with<P, P>(target, u, partial);
-    update_with<P, Compute<P>>(target, u, partial);
+    if (u.products->dtype == u.params.dtype) return update_with<P, P>(target, u, &*u.products, partial);
+    update_with<P, Compute<P>>(target, u, &*u.products, partial);
   });
 }
 

@@ -35,7 +35,7 @@ struct Place {
 };
 
 // The vectors that this thread works on, one chunk of its warp after the other. All threads of a warp stay together.
-template <class P, class AnyTable>
+template <class P, class AnyTable, int kCount = kVector<P>>
 class Chunks {
  public:
   __device__ explicit Chunks(const AnyTable& table)
@@ -52,7 +52,7 @@ class Chunks {
   // The vector of this thread that is the j-th of the chunk.
   __device__ Place place(int j) {
     const int lane = threadIdx.x % kWarp;
-    const int within = (j * kWarp + lane) * kVector<P>;
+    const int within = (j * kWarp + lane) * kCount;
     const uint32_t unit = first_unit_ + within / kUnit;
     if (unit >= units_) return {0, 0, 0, 0};
     entry_ = table_.entry_of(unit, entry_);
@@ -60,7 +60,7 @@ class Chunks {
     const int64_t element = flat - int64_t{table_.first_unit[entry_]} * kUnit;
     const int64_t left = table_.numel(entry_) - element;
     if (table_.data[0][entry_] == nullptr || left <= 0) return {0, 0, 0, 0};
-    return {entry_, left < kVector<P> ? static_cast<int>(left) : kVector<P>, element, flat};
+    return {entry_, left < kCount ? static_cast<int>(left) : kCount, element, flat};
   }
 
  private:

@@ -266,6 +266,8 @@ struct Blocks {
   int shift;  // the block's length is 2^shift
   int64_t end;
 
+  SASSHA_HOST_DEVICE int shift_of(int64_t element) const { return element < end ? shift : 0; }
+
   SASSHA_HOST_DEVICE int64_t index(int64_t element) const {
     return element < end ? element >> shift : (end >> shift) + (element - end);
   }

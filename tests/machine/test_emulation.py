@@ -45,6 +45,18 @@ CONFORMANCE = {
         "test_every_parameter_has_its_own_learning_rate_and_decay",
         "test_without_a_backup_the_step_is_from_the_weights_themselves",
     ),
+    "members": (
+        "test_adahessian_averages_the_squares_of_products",
+        "test_sophia_clips_the_quotient_and_averages_products_with_their_signs",
+        "test_adam_averages_the_squares_of_gradients_in_every_step",
+        "test_a_plain_direction_is_that_of_sgd",
+        "test_perturb_goes_along_exp_avg_the_other_way",
+        "test_without_a_backup_w_is_worked_out_from_exp_avg",
+    ),
+    "blocks": (
+        "test_the_means_of_blocks_are_averaged_in",
+        "test_the_step_is_that_with_every_block_written_out",
+    ),
     "standstill": (
         "test_a_given_norm_that_is_not_finite_moves_no_weight",
         "test_a_measured_norm_that_is_not_finite_moves_no_weight",

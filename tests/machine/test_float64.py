@@ -147,7 +147,10 @@ def executed_per_element(
     return found[1] - found[0]
 
 
-OPERATORS = ("perturb", "adaptive perturb", "first sample", "last sample", "lazy update", "hessian update")
+OPERATORS = (
+    *("perturb", "adaptive perturb", "perturb along averages", "first sample", "last sample"),
+    *("lazy update", "hessian update", "update of squared gradients", "plain update"),
+)
 
 
 @pytest.mark.parametrize("operator", ["norm", "adaptive norm", *OPERATORS])

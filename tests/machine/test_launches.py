@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.shapes import MODELS
-from sassha_fused import Sassha, ops
+from sassha_fused import SAMSGD, SAMAdamW, Sassha, ops
 from sassha_fused.curvature import exact
+from sassha_fused.optimizer import FusedOptimizer
 from tests.support import emulation
 from tests.support.backends import marks_of
 from tests.support.cases import sparse
@@ -71,7 +72,7 @@ def nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def kernel_of(launch: emulation.Launch) -> str:
     """squares_kernel<float, 1>, mangled, is "squares"."""
-    found = re.match(r"_ZN6sassha4cuda\d+([a-z]+)_kernel", launch.name)
+    found = re.match(r"_ZN6sassha4cuda\d+([a-z_]+)_kernel", launch.name)
     assert found is not None, launch.name
     return found[1]
 
@@ -97,7 +98,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield counts
 
 
-def take_step(opt: Sassha, counts: Counter[str]) -> Launches:
+def take_step(opt: FusedOptimizer, counts: Counter[str]) -> Launches:
     """Takes a step by phases, with gradients of whatever values; returns its launches."""
     counts.clear()
     for phase in (opt.perturb, opt.step):
@@ -170,3 +171,29 @@ def test_groups_of_other_settings_have_launches_of_their_own(counts: Counter[str
         "grad_norm norm": 4,
     }
     assert take_step(opt, counts) == launches
+
+
+MEMBERS: dict[str, tuple[Callable[..., FusedOptimizer], dict[str, Any]]] = {
+    "SAMSGD": (SAMSGD, {}),
+    "SAMSGD along momentum": (SAMSGD, {"momentum": 0.9, "ascent": "momentum", "exact_restore": False}),
+    "SAMAdamW": (SAMAdamW, {}),
+}
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_members_without_a_hessian_launch_what_a_lazy_step_does(counts: Counter[str], name: str) -> None:
+    member, options = MEMBERS[name]
+    params = [nn.Parameter(torch.empty(shape)) for shape in MODELS["ResNet-20"]]
+    opt = member(params, backend=BACKEND, **options)
+    for _ in range(2):
+        assert take_step(opt, counts) == FEW[0]
+
+
+def test_a_hessian_step_by_blocks_launches_their_averages(counts: Counter[str]) -> None:
+    params = [nn.Parameter(torch.empty(shape)) for shape in MODELS["ResNet-20"]]
+    opt = Sassha(params, hessian_interval=2, hessian_block=8, backend=BACKEND)
+    # That products are finite is seen by their norm: the update has their averages alone.
+    norm = {"grad_norm squares": 1, "grad_norm norm": 1}
+    more = {"rademacher_ rademacher": 1, "block_average_ block_average": 1}
+    assert take_step(opt, counts) == {**FEW[0], **norm, **more}
+    assert take_step(opt, counts) == FEW[0]

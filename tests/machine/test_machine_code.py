@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bench import passes
-from bench.budgets import HESSIAN_BYTES, LAZY_BYTES
-from bench.bytes import POWERS, SIZES, VECTOR_BYTES, Kernel, kernels, quick_float64, traffic
+from bench.budgets import ADAMW_BYTES, HESSIAN_BYTES, LAZY_BYTES, SGD_BYTES
+from bench.bytes import KINDS, SIZES, VECTOR_BYTES, Kernel, block_bytes, kernels, quick_float64, streams, traffic
 from bench.sass import ARCHITECTURES, LIBRARY, NO_TOOL, MachineCode, demangled, find_cuobjdump, parsed, read, shown
 
 pytestmark = pytest.mark.slow
@@ -22,13 +22,17 @@ MOST_REGISTERS = 64  # of 65,536 on a multiprocessor: four blocks of 256 threads
 MOST_ARITHMETIC = 0.6
 
 # Loads narrower than 64 bits that are not of a stream, by kernel and bits: the learning rate and the guards, of any
-# dtype; the count of evaluations, as much of it as the signs depend on.
+# dtype; the count of evaluations, as much of it as the signs depend on; the factor that w is worked out with, in a step
+# and in one that is skipped.
 OTHER_LOADS = {
     ("inspect_kernel", 16): 8,
     ("inspect_kernel", 32): 6,
     ("rademacher_kernel", 32): 1,
     ("hutchinson_kernel", 32): 1,
+    ("update_kernel", 32): 2,
 }
+# And such stores: seven scalars, in two places.
+OTHER_STORES = {("inspect_kernel", 32): 14}
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +68,9 @@ def test_every_kernel_of_the_sources_is_known_here() -> None:
     assert set(named) == {kernel[0] for kernel in kernels()}
 
 
-def test_the_powers_are_those_of_the_sources() -> None:
-    (named,) = re.findall(r"enum class Power \{([^}]*)\}", (CSRC / "math" / "sassha.h").read_text())
-    assert tuple(named.replace(" ", "").split(",")) == POWERS
+def test_the_kinds_are_those_of_the_sources() -> None:
+    (named,) = re.findall(r"enum class Kind \{([^}]*)\}", (CSRC / "math" / "sassha.h").read_text())
+    assert tuple(named.replace(" ", "").split(",")) == KINDS
 
 
 def test_no_kernel_has_a_stack_or_spills(codes: dict[Kernel, MachineCode]) -> None:
@@ -111,11 +115,15 @@ def test_tails_are_read_and_written_one_element_at_a_time(codes: dict[Kernel, Ma
         streams = traffic(kernel, quick_float64(architecture))
         if streams is None:
             continue
-        for sizes, counts, others in ((streams.reads, code.loads, OTHER_LOADS), (streams.writes, code.stores, {})):
+        of_kinds = (
+            (streams.reads, code.loads, OTHER_LOADS, streams.copies * streams.per_copy),
+            (streams.writes, code.stores, OTHER_STORES, streams.copies),
+        )
+        for sizes, counts, others, copies in of_kinds:
             expected: collections.Counter[int] = collections.Counter()
-            for size in sizes:
+            for size in (*sizes, *streams.narrow):
                 expected[8 * size] += streams.elements * streams.loops
-            expected[8 * streams.size] += streams.copies * VECTOR_BYTES // streams.size
+            expected[8 * streams.size] += copies * VECTOR_BYTES // streams.size
             for bits in (32, 16, 8):
                 most = expected[bits] + others.get((kernel[0], bits), 0)
                 assert expected[bits] <= counts[bits] <= most, (shown(kernel), bits)
@@ -123,22 +131,28 @@ def test_tails_are_read_and_written_one_element_at_a_time(codes: dict[Kernel, Ma
 
 def test_the_bytes_are_those_of_the_design() -> None:
     def moved(*kernel: str) -> int:
-        streams = traffic(kernel)
-        assert streams is not None
-        return streams.bytes_per_element
+        found = traffic(kernel)
+        assert found is not None
+        return found.bytes_per_element
 
-    norm, perturb = moved("squares_kernel", "float", "1"), moved("perturb_kernel", "float", "false")
+    norm, perturb = moved("squares_kernel", "float", "1"), moved("perturb_kernel", "float", "float", "false")
     assert norm + perturb + moved("update_kernel", "float", "void", "kSquareRoot") == LAZY_BYTES
     assert norm + perturb + moved("update_kernel", "float", "float", "kSquareRoot") == HESSIAN_BYTES
     assert moved("rademacher_kernel", "float") == 4
     assert moved("hutchinson_kernel", "float") == 12
+    assert moved("update_kernel", "float", "OfGradients", "kSquareRoot") == ADAMW_BYTES
+    assert moved("update_kernel", "float", "void", "kPlain") == SGD_BYTES
+    assert sum(map(sum, streams("perturb_kernel", 4, backup=False))) == 12
+    # By blocks, beside so many bytes of each element.
+    assert (sum(map(sum, streams("update_kernel", 4, second=None))), block_bytes("update_kernel", 4)) == (20, 4)
+    assert (moved("block_average_kernel", "float"), block_bytes("block_average_kernel", 4)) == (4, 8)
 
 
 # What cuobjdump prints, in short.
 PRINTED = """
- Function _ZN6sassha4cuda13update_kernelI6__halfS2_LNS_5PowerE2EEEvNS0_15UpdateArgumentsIT0_EE:
+ Function _ZN6sassha4cuda13update_kernelI6__halfS2_LNS_4KindE2EEEvNS0_15UpdateArgumentsIT0_EE:
   REG:66 STACK:16 SHARED:1088 LOCAL:8 CONSTANT[0]:33048 TEXTURE:0 SURFACE:0 SAMPLER:0
-\t\tFunction : _ZN6sassha4cuda13update_kernelI6__halfS2_LNS_5PowerE2EEEvNS0_15UpdateArgumentsIT0_EE
+\t\tFunction : _ZN6sassha4cuda13update_kernelI6__halfS2_LNS_4KindE2EEEvNS0_15UpdateArgumentsIT0_EE
         /*0000*/                   LDC R1, c[0x0][0x28] ;            /* 0x00000a00ff017b82 */
                                                                      /* 0x000fe20000000800 */
         /*0010*/              @!P0 LDG.E.EF.128 R4, desc[UR4][R2.64] ;  /* 0x0000000402047981 */
@@ -165,10 +179,14 @@ def test_what_cuobjdump_prints_is_understood() -> None:
     [
         ("_ZN6sassha4cuda11norm_kernelENS0_13NormArgumentsE", "norm_kernel"),
         ("_ZN6sassha4cuda14squares_kernelIdLi2EEEvNS0_16SquaresArgumentsIXT0_EEE", "squares_kernel<double, 2>"),
-        ("_ZN6sassha4cuda14perturb_kernelIfLb1EEEvNS0_16PerturbArgumentsE", "perturb_kernel<float, true>"),
+        ("_ZN6sassha4cuda14perturb_kernelIffLb1EEEvNS0_16PerturbArgumentsE", "perturb_kernel<float, float, true>"),
         (
-            "_ZN6sassha4cuda13update_kernelI13__nv_bfloat16vLNS_5PowerE0EEEvNS0_15UpdateArgumentsIT0_EE",
-            "update_kernel<__nv_bfloat16, void, kSquareRoot>",
+            "_ZN6sassha4cuda13update_kernelI13__nv_bfloat16vLNS_4KindE3EEEvNS0_15UpdateArgumentsIT0_EE",
+            "update_kernel<__nv_bfloat16, void, kClipped>",
+        ),
+        (
+            "_ZN6sassha4cuda13update_kernelIfNS0_11OfGradientsELNS_4KindE0EEEvNS0_15UpdateArgumentsIT_T0_EE",
+            "update_kernel<float, OfGradients, kSquareRoot>",
         ),
     ],
 )

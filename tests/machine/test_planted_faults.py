@@ -62,6 +62,17 @@ PERTURB_BEYOND = f"{LONG}::test_perturb_reaches_elements_beyond_32_bits"
 ESTIMATE_BEYOND = f"{LONG}::test_the_estimate_reaches_elements_beyond_32_bits"
 ONE_BLOCK = f"{TABLES}::test_one_block_does_the_work_of_all"
 AROUND = f"{TABLES}::test_numbers_around_the_tensors_stay_as_they_are[float32]"
+MEMBERS, BLOCKS = f"{FOLDER}/test_members.py", f"{FOLDER}/test_blocks.py"
+SQUARES = f"{MEMBERS}::test_adahessian_averages_the_squares_of_products"
+SOPHIA = f"{MEMBERS}::test_sophia_clips_the_quotient_and_averages_products_with_their_signs"
+ADAM = f"{MEMBERS}::test_adam_averages_the_squares_of_gradients_in_every_step"
+SGD = f"{MEMBERS}::test_a_plain_direction_is_that_of_sgd"
+ALONG = f"{MEMBERS}::test_perturb_goes_along_exp_avg_the_other_way"
+WORKED_OUT = f"{MEMBERS}::test_without_a_backup_w_is_worked_out_from_exp_avg"
+STAYS = f"{MEMBERS}::test_an_average_whose_norm_is_not_finite_moves_no_weight"
+MEANS = f"{BLOCKS}::test_the_means_of_blocks_are_averaged_in"
+WRITTEN_OUT = f"{BLOCKS}::test_the_step_is_that_with_every_block_written_out"
+BLOCKS_BEYOND = f"{LONG}::test_blocks_reach_elements_beyond_32_bits"
 OFFSETS = f"{TABLES}::test_offsets_off_the_boundaries_of_units_are_refused[0-1-perturb_]"
 
 
@@ -73,7 +84,13 @@ def in_range(numbers: str, adaptive: str = "not adaptive") -> str:
 
 NORM_FILE, PERTURB_FILE, UPDATE_FILE = ("cuda/grad_norm.cu",), ("cuda/perturb.cu",), ("cuda/update.cu",)
 GLUE = ("cuda/torch.cpp",)
+AVERAGE_FILE = ("cuda/block_average.cu",)
 SIGNS_FILE, ESTIMATE_FILE = ("cuda/rademacher.cu",), ("cuda/hutchinson.cu",)
+
+SAVE = "if (backup != nullptr) store<Reuse::kLate>(w, at.length, vectors, backup);"
+RESTORE = "if (a.backup != nullptr || moved_along) restore(a);"
+EITHER = "a.backup != nullptr ? a.backup + at.flat : weights"
+OLD = f"{EITHER};\n      P w[kVector<P>];\n"
 
 
 @dataclass(frozen=True)
@@ -200,8 +217,8 @@ FAULTS = {
     ),
     "weights that stay are not saved": Fault(
         "perturb.cu",
-        "      store<Reuse::kLate>(w, at.length, vectors, backup);\n      if (!finite) continue;\n",
-        "      if (!finite) continue;\n      store<Reuse::kLate>(w, at.length, vectors, backup);\n",
+        f"      {SAVE}\n      if (!finite) continue;\n",
+        f"      if (!finite) continue;\n      {SAVE}\n",
         (GIVEN,),
         PERTURB_FILE,
     ),
@@ -257,30 +274,21 @@ FAULTS = {
     ),
     "a gap has a row": Fault("update.cu", "if (row < 0) continue;", "", (UPDATE,), UPDATE_FILE),
     "an uncorrected step is corrected": Fault(
-        "../math/sassha.h", "!corrects(settings, BiasCorrection::kNone)", "true", (COUNTS,), UPDATE_FILE
+        "../math/sassha.h", "!is(settings.bias_correction, BiasCorrection::kNone)", "true", (COUNTS,), UPDATE_FILE
     ),
     "an uncorrected Hessian step is counted as published": Fault(
         "../math/sassha.h",
-        "corrects(settings, BiasCorrection::kStep) ?",
-        "!corrects(settings, BiasCorrection::kUpdate) ?",
+        "is(settings.bias_correction, BiasCorrection::kStep) ?",
+        "!is(settings.bias_correction, BiasCorrection::kUpdate) ?",
         (COUNTS,),
         UPDATE_FILE,
     ),
     "a skipped step is counted": Fault("update.cu", "  if (!finite) return;\n", "", (SKIP,), UPDATE_FILE),
-    "a skipped step is taken": Fault(
-        "update.cu", "    if (a.backup != nullptr) restore(a);\n    return;\n", "", (SKIP,), UPDATE_FILE
-    ),
-    "a skipped step restores from nowhere": Fault(
-        "update.cu", "if (a.backup != nullptr) restore(a);", "restore(a);", (SKIP,), UPDATE_FILE
-    ),
-    "a skipped step restores nothing": Fault(
-        "update.cu", "if (a.backup != nullptr) restore(a);", "", (SKIP,), UPDATE_FILE
-    ),
-    "the backup is ignored": Fault(
-        "update.cu", "a.backup != nullptr ? a.backup + at.flat : weights", "weights", (UPDATE,), UPDATE_FILE
-    ),
+    "a skipped step is taken": Fault("update.cu", f"    {RESTORE}\n    return;\n", "", (SKIP,), UPDATE_FILE),
+    "a skipped step restores nothing": Fault("update.cu", RESTORE, "", (SKIP,), UPDATE_FILE),
+    "the backup is ignored": Fault("update.cu", OLD, OLD.replace(EITHER, "weights"), (UPDATE,), UPDATE_FILE),
     "there is a backup at all times": Fault(
-        "update.cu", "a.backup != nullptr ? a.backup + at.flat : weights", "a.backup + at.flat", (ALONE,), UPDATE_FILE
+        "update.cu", OLD, OLD.replace(EITHER, "a.backup + at.flat"), (ALONE,), UPDATE_FILE
     ),
     "a later table's backup is that of the first": Fault(
         "update.cu",
@@ -300,6 +308,110 @@ FAULTS = {
     ),
     "a number is what is left of it in float32": Fault(
         "../math/sassha.h", "static_cast<T>(x - static_cast<double>(high))", "T(0)", (DESCENDING,), UPDATE_FILE
+    ),
+    # The other members: math/sassha.h, perturb.cu, update.cu
+    "what keeps its sign is squared": Fault(
+        "../math/sassha.h", "c.squares ? magnitude", "c.is_signed ? magnitude", (SOPHIA,), UPDATE_FILE
+    ),
+    "squares are not taken": Fault(
+        "../math/sassha.h", "c.squares ? magnitude * magnitude : magnitude", "magnitude", (SQUARES,), UPDATE_FILE
+    ),
+    "signs are lost": Fault(
+        "../math/sassha.h", "c.is_signed ? hessian : std::fabs(hessian)", "std::fabs(hessian)", (SOPHIA,), UPDATE_FILE
+    ),
+    "a clipped direction is not clipped": Fault(
+        "../math/sassha.h", "quotient > 1 ? 1 : quotient < -1 ? -1 : quotient", "quotient", (SOPHIA,), UPDATE_FILE
+    ),
+    "nesterov is ignored": Fault(
+        "../math/sassha.h",
+        "c.nesterov ? times_plus(exp_avg, c.beta1, gradient) : exp_avg",
+        "exp_avg",
+        (SGD,),
+        UPDATE_FILE,
+    ),
+    "the first gradient is dampened": Fault(
+        "../math/sassha.h",
+        "step == 1 ? 1.0 : 1.0 - settings.dampening",
+        "1.0 - settings.dampening",
+        (SGD,),
+        UPDATE_FILE,
+    ),
+    "squares of gradients are not averaged": Fault(
+        "update.cu", "!u.products && !u.averaged && averages_second(u.settings, false)", "false", (ADAM,), UPDATE_FILE
+    ),
+    "squares of gradients go with a root alone": Fault(
+        "update.cu", "of_gradients && kind_of(u.settings) != Kind::kSquareRoot", "false", (ADAM,), UPDATE_FILE
+    ),
+    "exp_avg leads up": Fault(
+        "../math/sassha.h", " || is(settings.ascent, Ascent::kMomentum) ?", " ?", (ALONG,), PERTURB_FILE
+    ),
+    "exp_avg is read in the dtype of the weights": Fault(
+        "perturb.cu", "p.grads.dtype != p.params.dtype ?", "false ?", (ALONG,), PERTURB_FILE
+    ),
+    "w is not worked out": Fault(
+        "update.cu", "if (moved_along) unperturb(w, m, scalars);", "", (WORKED_OUT,), UPDATE_FILE
+    ),
+    "w is not worked out in a skipped step": Fault(
+        "update.cu", RESTORE, "if (a.backup != nullptr) restore(a);", (WORKED_OUT,), UPDATE_FILE
+    ),
+    "w' is taken for w in a skipped step": Fault(
+        "update.cu", "if (a.backup == nullptr) {", "if (false) {", (WORKED_OUT,), UPDATE_FILE
+    ),
+    "w is worked out from a norm that is not finite": Fault(
+        "update.cu", "norm != nullptr && std::isfinite(*norm)", "norm != nullptr", (STAYS,), UPDATE_FILE
+    ),
+    # blocks.h, block_average.cu
+    "each element has a number of its own": Fault(
+        "blocks.h", "first + (i >> shift)", "first + i", (WRITTEN_OUT,), UPDATE_FILE
+    ),
+    "a number is that of the vector's first block": Fault(
+        "blocks.h", "(i & (at.length() - 1)) != 0", "i != 0", (WRITTEN_OUT,), UPDATE_FILE
+    ),
+    "blocks end where they end in the whole state": Fault(
+        "blocks.h", "blocks.end - origin", "blocks.end", (WRITTEN_OUT,), UPDATE_FILE
+    ),
+    "a table's blocks lie where its elements do": Fault(
+        "update.cu", "start = blocks.index(origin)", "start = origin", (WRITTEN_OUT,), UPDATE_FILE
+    ),
+    "blocks are counted in 32 bits": Fault(
+        "blocks.h",
+        "first(blocks.index(element))",
+        "first(static_cast<int>(blocks.index(element)))",
+        (BLOCKS_BEYOND,),
+        (*UPDATE_FILE, *AVERAGE_FILE),
+    ),
+    "averages of blocks are not kept": Fault(
+        "update.cu",
+        "if (a.averaged != nullptr) store_shared(D, shared, length, a.exp_hessian);",
+        "",
+        (WRITTEN_OUT,),
+        UPDATE_FILE,
+    ),
+    "averages of blocks are kept in a skipped step": Fault(
+        "update.cu",
+        f"    {RESTORE}\n",
+        f"    {RESTORE}\n    if (a.averaged != nullptr) *a.exp_hessian = *a.averaged;\n",
+        (WRITTEN_OUT,),
+        UPDATE_FILE,
+    ),
+    "averages of blocks make no Hessian step": Fault(
+        "update.cu", "u.products || u.averaged)", "u.products.has_value())", (WRITTEN_OUT,), UPDATE_FILE
+    ),
+    "pairs are far apart first": Fault(
+        "block_average.cu",
+        "distance = kCount; distance < 1 << a.blocks.shift; distance *= 2",
+        "distance = (1 << a.blocks.shift) / 2; distance >= kCount; distance /= 2",
+        (MEANS,),
+        AVERAGE_FILE,
+    ),
+    "a short block's mean is by its length": Fault(
+        "block_average.cu", "left - i < block ? static_cast<int>(left - i) : block", "block", (MEANS,), AVERAGE_FILE
+    ),
+    "a shorter block takes from others": Fault(
+        "block_average.cu", "if (distance < block) sums[0]", "sums[0]", (MEANS,), AVERAGE_FILE
+    ),
+    "sums are of products with their signs": Fault(
+        "block_average.cu", "std::fabs(widen(products[j][i]))", "widen(products[j][i])", (MEANS,), AVERAGE_FILE
     ),
 }
 

@@ -15,7 +15,16 @@ from sassha_fused.family import AdaHessian
 from sassha_fused.layout import block_index
 from tests.support.backends import BASELINE, device_of, each_backend_with
 from tests.support.calls import HYPER, POWERS, run, update
-from tests.support.cases import DTYPES, Case, Spec, assert_rounded, assert_same_bits, compute_dtype, make_case
+from tests.support.cases import (
+    DTYPES,
+    Case,
+    Spec,
+    assert_rounded,
+    assert_same_bits,
+    block_part,
+    compute_dtype,
+    make_case,
+)
 from tests.support.formulas import formula_blocks
 from tests.support.lists import shorter
 
@@ -35,10 +44,7 @@ def blocked_case(backend: str, dtype: torch.dtype, block: int, share: float = 0.
 
 def part_of(flat: Tensor, case: Case, i: int, block: int, blocked: int) -> Tensor:
     """A parameter's part of a compact buffer."""
-    offset, numel = case.offsets[i], case.params[i].numel()
-    own = block if offset < blocked else 1
-    start = block_index(offset, block, blocked)
-    return flat[start : start + -(-numel // own)]
+    return block_part(flat, case.offsets[i], case.params[i].numel(), block, blocked)
 
 
 def averaged(backend: str, case: Case, hyper: dict[str, Any], blocked: int) -> Tensor:
@@ -48,12 +54,19 @@ def averaged(backend: str, case: Case, hyper: dict[str, Any], blocked: int) -> T
     return result.cpu()
 
 
-@each_backend_with(block=BLOCKS, squares=(False, True), dtype=DTYPES)
-def test_the_means_of_blocks_are_averaged_in(backend: str, dtype: torch.dtype, block: int, squares: bool) -> None:
+# With a beta2 of 0 every bit of a mean shows.
+@each_backend_with(block=BLOCKS, beta2=(0.0, 0.999), squares=(False, True), dtype=DTYPES)
+def test_the_means_of_blocks_are_averaged_in(
+    backend: str, dtype: torch.dtype, block: int, beta2: float, squares: bool
+) -> None:
     case, blocked = blocked_case(backend, dtype, block)
-    hyper = {**HYPER, "hessian_block": block, **({"method": AdaHessian.method} if squares else {})}
+    hyper = {
+        **HYPER,
+        "hessian_block": block,
+        "betas": (0.9, beta2),
+        **({"method": AdaHessian.method} if squares else {}),
+    }
     found = averaged(backend, case, hyper, blocked)
-    beta2 = hyper["betas"][1]
     parts, expected = [], []
     for i, product in enumerate(case.products):
         mean = formula_blocks(product, block if case.offsets[i] < blocked else 1)
@@ -71,21 +84,21 @@ def test_the_means_of_blocks_are_averaged_in(backend: str, dtype: torch.dtype, b
     assert_same_bits(found, averaged(BASELINE, case, hyper, blocked), "averaged")
 
 
-@each_backend_with(block=BLOCKS, power=POWERS, kind=("lazy", "averaged", "skipped"), dtype=DTYPES)
+@each_backend_with(block=BLOCKS, power=POWERS, average=(False, True), skip=(False, True), dtype=DTYPES)
 def test_the_step_is_that_with_every_block_written_out(
-    backend: str, dtype: torch.dtype, block: int, power: float, kind: str
+    backend: str, dtype: torch.dtype, block: int, power: float, average: bool, skip: bool
 ) -> None:
     case, blocked = blocked_case(backend, dtype, block)
     hyper = {**HYPER, "hessian_block": block, "hessian_power": power}
     new = case.exp_hessian * 1.5 + 0.25
-    taken = new if kind == "averaged" else case.exp_hessian
+    taken = new if average and not skip else case.exp_hessian
     more: dict[str, Any] = {"blocked": blocked}
-    if kind == "averaged":
+    if average:
         more["averaged"] = new.to(device_of(backend))
-    guards = [torch.tensor(math.nan if kind == "skipped" else 1.0)]
+    guards = [torch.tensor(math.nan if skip else 1.0)]
     after = update(backend, case, hyper, False, guards, **more)
     every = written_out(case, taken, block, blocked)
-    if kind == "averaged":  # which counts as a Hessian step
+    if average and not skip:  # which counts as a Hessian step
         steps = every.steps.clone()
         steps[case.rows, 1] = steps[case.rows, 0] + 1
         every = replace(every, steps=steps)
@@ -93,7 +106,7 @@ def test_the_step_is_that_with_every_block_written_out(
     for name in ("params", "exp_avg"):
         for found, other in zip(after.tensors()[name], expected.tensors()[name], strict=True):
             assert_same_bits(found, other, name)
-    if kind == "averaged":
+    if average and not skip:
         assert after.steps[case.rows, 1].tolist() == after.steps[case.rows, 0].tolist()
     else:
         assert_same_bits(after.steps, expected.steps, "steps")

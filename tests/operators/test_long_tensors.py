@@ -15,13 +15,15 @@ from torch import Tensor
 
 from sassha_fused.layout import layouts_of
 from tests.support import calls, emulation
-from tests.support.backends import marks_of, operators_of
+from tests.support.backends import BASELINE, marks_of, operators_of
 from tests.support.cases import (
     PART_ALIGNMENT,
     Case,
     Spec,
     assert_same_bits,
+    assert_same_case,
     bits,
+    block_part,
     make_case,
     sparse,
     units,
@@ -36,6 +38,8 @@ BLOCK = 8 * 512  # elements that a block takes at a time
 HEAD = 2 * BLOCK
 SHORT = 77
 MARGIN = 1024
+# Of elements that share a number of exp_hessian: such blocks are beyond 2^31 as well.
+PAIRS = 2
 
 # So many blocks that each has one chunk per warp to do. Their sums are beyond the size that malloc has in stock, so
 # they start as zeros, which is what the sums of blocks that do not run would be.
@@ -88,20 +92,37 @@ class Spread:
         with self.tensors(products) as p, self.buffer(estimate, offsets) as sums, self.ends_only():
             self.operators.hutchinson_(p, sums, self.offsets, indices[::2], *rest)
 
+    def block_average_(
+        self, products: Any, exp_hessian: Tensor, averaged: Tensor, offsets: Any, blocked: int, settings: Any
+    ) -> None:
+        with (
+            self.tensors(products) as p,
+            self.buffer(exp_hessian, offsets, PAIRS) as old,
+            self.buffer(averaged, offsets, PAIRS) as new,
+            self.ends_only(),
+        ):
+            self.operators.block_average_(p, old, new, self.offsets, self.total, settings)
+
     def update_(
-        self, params: Any, grads: Any, products: Any, backup: Tensor | None, exp_avg: Tensor, exp_hessian: Tensor,
-        steps: Tensor, skipped: Tensor, offsets: Any, rows: list[int], layouts: Tensor, *rest: Any,
+        self, params: Any, grads: Any, products: Any, averaged: Tensor | None, backup: Tensor | None, norm: None,
+        exp_avg: Tensor, exp_hessian: Tensor, steps: Tensor, skipped: Tensor, offsets: Any, rows: list[int],
+        layouts: Tensor, blocked: int, *rest: Any,
     ) -> None:  # fmt: skip
+        block = PAIRS if blocked else 1
         with (
             self.tensors(params) as w,
             self.tensors(grads) as g,
             self.tensors(products) as p,
+            nullcontext() if averaged is None else self.buffer(averaged, offsets, block) as new,
             nullcontext() if backup is None else self.buffer(backup, offsets) as kept,
             self.buffer(exp_avg, offsets) as m,
-            self.buffer(exp_hessian, offsets) as D,
+            self.buffer(exp_hessian, offsets, block) as D,
             self.ends_only(),
         ):
-            self.operators.update_(w, g, p, kept, m, D, steps, skipped, self.offsets, rows[1:], layouts_of(w), *rest)
+            self.operators.update_(
+                w, g, p, new, kept, norm, m, D, steps, skipped, self.offsets, rows[1:], layouts_of(w),
+                self.total if blocked else 0, *rest,
+            )  # fmt: skip
 
     def grad_norm(self, grads: Any, params: Any, layouts: None, adaptive: bool) -> Tensor:
         with self.tensors(grads) as g, self.tensors(params) as w, self.ends_only():
@@ -127,19 +148,29 @@ class Spread:
         self.check_between(long)
 
     @contextmanager
-    def buffer(self, flat: Tensor, offsets: Sequence[int]) -> Iterator[Tensor]:
-        whole = sparse(self.total, flat.dtype)
-        for (at, length), offset in zip(self.pieces, offsets, strict=True):
-            whole[at : at + length] = flat[offset : offset + length]
+    def buffer(self, flat: Tensor, offsets: Sequence[int], block: int = 1) -> Iterator[Tensor]:
+        """A buffer with a number for each block."""
+        whole = sparse(self.total // block, flat.dtype)
+        pieces = [
+            (
+                slice(at // block, (at + length + block - 1) // block),
+                block_part(flat, offset, length, block, len(flat) * block),
+            )
+            for (at, length), offset in zip(self.pieces, offsets, strict=True)
+        ]
+        for place, own in pieces:
+            whole[place] = own
         yield whole
-        for (at, length), offset in zip(self.pieces, offsets, strict=True):
-            flat[offset : offset + length] = whole[at : at + length]
-        self.check_between(whole)
-        assert not bits(whole[self.count : self.offsets[1]]).any(), "what belongs to no tensor was written"
+        for place, own in pieces:
+            own.copy_(whole[place])
+        self.check_between(whole, block)
+        between = whole[-(-self.count // block) : self.offsets[1] // block]
+        assert not bits(between).any(), "what belongs to no tensor was written"
 
-    def check_between(self, t: Tensor) -> None:
+    def check_between(self, t: Tensor, block: int = 1) -> None:
         for start in (HEAD, self.tail - MARGIN):
-            assert not bits(t[start : start + MARGIN]).any(), "what no block that ran has to do with was written"
+            between = t[start // block : (start + MARGIN) // block]
+            assert not bits(between).any(), "what no block that ran has to do with was written"
 
 
 @pytest.fixture(params=[2**31 + 300, 2**32 + 300], ids=["2^31+300", "2^32+300"])
@@ -161,6 +192,24 @@ def test_update_reaches_elements_beyond_32_bits(spread: Spread, hessian: bool, b
 
 def test_a_skipped_step_brings_back_elements_beyond_32_bits(spread: Spread) -> None:
     check_skip(BACKEND, spread.case(), torch.tensor(math.inf))
+
+
+@pytest.mark.parametrize("averaged", [False, True], ids=["lazy", "averaged"])
+def test_blocks_reach_elements_beyond_32_bits(spread: Spread, averaged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = spread.case()
+    hyper = {**calls.HYPER, "hessian_block": PAIRS}
+    case.exp_hessian = case.exp_hessian[: len(case.exp_avg) // PAIRS].nan_to_num(0.25)
+    case.estimate = torch.zeros_like(case.exp_hessian)
+    others = {"blocked": len(case.exp_avg)}
+    found = []
+    for operators in (spread, operators_of(BASELINE)):
+        monkeypatch.setattr(calls, "operators_of", lambda _, operators=operators: operators)
+        on = case.to("cpu")
+        calls.run(BACKEND, "block_average_", on, hyper, **others)
+        new = on.estimate if averaged else None
+        calls.run_update(BACKEND, on, hyper, False, averaged=new, **others)
+        found.append(on)
+    assert_same_case(*found)
 
 
 @pytest.mark.parametrize("sample", [0, 1])

@@ -104,7 +104,7 @@ inline std::vector<int>& arrange(std::vector<int>& turns, size_t count, std::mt1
 }
 
 enum class State { kReady, kAtBarrier, kInWarp, kDone };
-enum class Collective { kNone, kShuffle, kShuffleDown };
+enum class Collective { kNone, kShuffle, kShuffleDown, kShuffleXor };
 
 struct Thread {
   Fiber* fiber = nullptr;  // none before the first turn

@@ -101,6 +101,11 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
   return emulation::shuffle(emulation::Collective::kShuffleDown, mask, value, source);
 }
 
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return emulation::shuffle(emulation::Collective::kShuffleXor, mask, value, emulation::lane() ^ lanes);
+}
+
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
