@@ -15,7 +15,16 @@ from sassha_fused.family import AdaHessian
 from sassha_fused.layout import block_index
 from tests.support.backends import BASELINE, device_of, each_backend_with
 from tests.support.calls import HYPER, POWERS, run, update
-from tests.support.cases import DTYPES, Case, Spec, assert_rounded, assert_same_bits, compute_dtype, make_case
+from tests.support.cases import (
+    DTYPES,
+    Case,
+    Spec,
+    assert_rounded,
+    assert_same_bits,
+    block_part,
+    compute_dtype,
+    make_case,
+)
 from tests.support.lists import shorter
 from tests.support.reference import formula_blocks
 
@@ -35,10 +44,7 @@ def blocked_case(backend: str, dtype: torch.dtype, block: int, share: float = 0.
 
 def part_of(flat: Tensor, case: Case, i: int, block: int, blocked: int) -> Tensor:
     """A parameter's part of a compact buffer."""
-    offset, numel = case.offsets[i], case.params[i].numel()
-    own = block if offset < blocked else 1
-    start = block_index(offset, block, blocked)
-    return flat[start : start + -(-numel // own)]
+    return block_part(flat, case.offsets[i], case.params[i].numel(), block, blocked)
 
 
 def averaged(backend: str, case: Case, hyper: dict[str, Any], blocked: int) -> Tensor:

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sassha_fused.family import SAMSGD, AdaHessian, SAMAdamW, SophiaH
 from tests.support.backends import device_of, each_backend_with
-from tests.support.calls import HYPER, run, update
+from tests.support.calls import ADAHESSIAN, ADAM, MEMBERS, PLAIN, SOPHIA, run, update
 from tests.support.cases import (
     AVERAGE_ULPS,
     DTYPES,
@@ -32,21 +31,6 @@ from tests.support.reference import formula_perturb, formula_plain, memory_order
 
 # What averages squares rounds once more.
 SQUARE_ULPS = AVERAGE_ULPS + 1
-
-ADAHESSIAN = {**HYPER, "method": AdaHessian.method}
-SOPHIA = {**HYPER, "method": SophiaH.method, "clip_threshold": 0.04, "eps": 1e-12}
-SOPHIA.pop("bias_correction")
-ADAM = {**HYPER, "method": SAMAdamW.method, "eps": 1e-8}
-ADAM.pop("bias_correction")
-ADAM.pop("hessian_power")
-PLAIN: dict[str, Any] = {
-    **{name: HYPER[name] for name in ("lr", "weight_decay", "rho", "adaptive")},
-    "method": SAMSGD.method,
-    "momentum": 0.9,
-    "dampening": 0.0,
-    "nesterov": False,
-    "maximize": False,
-}
 
 
 @each_backend_with(maximize=(False, True), power=(1.0, 0.7), hessian=(False, True), dtype=DTYPES)
@@ -105,9 +89,6 @@ def test_a_plain_direction_is_that_of_sgd(
     assert after.steps[before.rows][:, 0].tolist() == (before.steps[before.rows][:, 0] + 1).tolist()
     assert after.skipped.tolist() == [0]
     assert_untouched(after, before, except_for=("params", "exp_avg", "steps", "skipped"))
-
-
-MEMBERS = {"plain": PLAIN, "adam": ADAM, "adahessian": ADAHESSIAN, "sophia": SOPHIA}
 
 
 @each_backend_with(member=tuple(MEMBERS), guard_grads=(False, True), backup=(False, True))

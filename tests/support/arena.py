@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.support.cases import part
+from sassha_fused.settings import settings_of
+from tests.support.cases import block_part
 
 # What every launch is checked for.
 CHECKS: dict[str, Any] = {"race": "full", "uninit": True, "strict": True}
@@ -41,8 +42,10 @@ _ONES = {
     4: (torch.int32, 0x01010101),
     8: (torch.int64, 0x0101010101010101),
 }
-# The arguments that are flat buffers: only the parts of parameters in them are theirs to read.
-_FLAT = ("backup", "exp_avg", "exp_hessian", "estimate")
+# The arguments that are flat buffers, and those of them that have a number for several elements: only the parts of
+# parameters in them are theirs to read.
+_FLAT = ("backup", "exp_avg", "exp_hessian", "averaged", "estimate")
+_BY_BLOCKS = ("exp_hessian", "averaged")
 
 _aten = torch.ops.aten
 _UNWRITTEN = (
@@ -170,15 +173,22 @@ def on_device(named: dict[str, Any]) -> Iterator[tuple[Memory, list[Any]]]:
 
     for argument, value in named.items():
         for t in _tensors(value):
-            parts = [t]
-            if argument in _FLAT:
-                lists = named["params"] if "params" in named else named["products"]
-                parts = [part(t, offset, like) for offset, like in zip(named["offsets"], lists, strict=True)]
-            for piece in parts:
+            for piece in _parts(argument, t, named) if argument in _FLAT else [t]:
                 memory.mark_written(piece, start_of(t))
     yield memory, _converted(list(named.values()), lambda t: memory.tensor(t, start_of(t)))
     for key, storage in storages.items():
         memory.write_back(storage, starts[key])
+
+
+def _parts(argument: str, flat: Tensor, named: dict[str, Any]) -> list[Tensor]:
+    """The parts of a flat buffer that belong to the parameters of a call."""
+    lists = named["params"] if "params" in named else named["products"]
+    block = int(settings_of(named["settings"]).hessian_block) if argument in _BY_BLOCKS else 1
+    blocked = named["blocked"] if argument in _BY_BLOCKS else 0
+    return [
+        block_part(flat, offset, like.numel(), block, blocked)
+        for offset, like in zip(named["offsets"], lists, strict=True)
+    ]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sassha_fused.layout import layouts_of
+from sassha_fused.family import SAMSGD, AdaHessian, SAMAdamW, SophiaH
+from sassha_fused.layout import block_index, layouts_of
 from sassha_fused.method import Method
 from sassha_fused.settings import Settings
 from tests.support.backends import device_of, evaluation_on, operators_of
@@ -27,6 +28,24 @@ HYPER: dict[str, Any] = {
     "maximize": False,
 }
 POWERS = (0.5, 1.0, 0.7)
+
+
+def _without(*names: str) -> dict[str, Any]:
+    return {name: value for name, value in HYPER.items() if name not in names}
+
+
+# What the other members of the family make of it.
+ADAHESSIAN = {**HYPER, "method": AdaHessian.method}
+SOPHIA = {**_without("bias_correction"), "method": SophiaH.method, "clip_threshold": 0.04, "eps": 1e-12}
+ADAM = {**_without("bias_correction", "hessian_power"), "method": SAMAdamW.method, "eps": 1e-8}
+PLAIN = {
+    **_without("betas", "eps", "hessian_power", "bias_correction"),
+    "method": SAMSGD.method,
+    "momentum": 0.9,
+    "dampening": 0.0,
+    "nesterov": False,
+}
+MEMBERS = {"plain": PLAIN, "adam": ADAM, "adahessian": ADAHESSIAN, "sophia": SOPHIA}
 
 
 def settings_of(hyper: dict[str, Any]) -> Settings:
@@ -205,11 +224,29 @@ def call_everything(backend: str, dtype: torch.dtype) -> None:
     for adaptive in (False, True):
         norm_of(backend, case.grads, case.params, adaptive)
         run_perturb(backend, case, 1.0, 0.2, adaptive, False)
+    along = replace(case, grads=case.parts(case.exp_avg))
+    run(backend, "perturb_", along, {**PLAIN, "ascent": "momentum"})
     run_rademacher(backend, case, 1, 2, 3)
     for sample in (0, 1):
         run_hutchinson(backend, case, 1, 2, sample, 2)
     wide = replace(case, products=[product.to(compute_dtype(dtype)) for product in case.products])
-    for power in POWERS:
+    for hyper in (*({**HYPER, "hessian_power": power} for power in POWERS), SOPHIA):
         for on, hessian in ((case, False), (case, True), (wide, True)):
             for backup in (True, False):
-                run_update(backend, on, {**HYPER, "hessian_power": power}, hessian, backup=backup)
+                run_update(backend, on, hyper, hessian, backup=backup)
+    for backup in (True, False):
+        run_update(backend, case, ADAM, False, backup=backup)
+        run_update(backend, case, PLAIN, False, backup=backup, exp_hessian=None)
+    if dtype == compute_dtype(dtype):
+        norm = torch.tensor(3.0, dtype=torch.float64, device=device_of(backend))
+        for hyper in (ADAM, ADAHESSIAN):
+            run_update(backend, case, {**hyper, "ascent": "momentum"}, False, backup=False, norm=norm)
+        plain = {**PLAIN, "ascent": "momentum"}
+        run_update(backend, case, plain, False, backup=False, norm=norm, exp_hessian=None)
+    by_blocks, blocked = {**HYPER, "hessian_block": 8}, case.offsets[1]
+    compact = torch.ones_like(case.exp_hessian[: block_index(len(case.exp_avg), 8, blocked)])
+    shared = {"blocked": blocked, "exp_hessian": compact}
+    for averaged in (None, compact.clone()):
+        run_update(backend, case, by_blocks, False, averaged=averaged, **shared)
+    for on in (case, wide):
+        run(backend, "block_average_", on, by_blocks, averaged=compact.clone(), **shared)

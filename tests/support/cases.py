@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import sassha_fused.bucket
+from sassha_fused.layout import block_index
 from tests.support.reference import memory_order, ulp
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -105,6 +106,12 @@ def bits(t: Tensor) -> Tensor:
 def part(flat: Tensor, offset: int, like: Tensor) -> Tensor:
     """The elements of a flat buffer that belong to a parameter, in its order."""
     return flat[offset : offset + like.numel()]
+
+
+def block_part(flat: Tensor, offset: int, numel: int, block: int, blocked: int) -> Tensor:
+    """The numbers of a buffer that belong to a parameter, where parts below blocked have one for each block."""
+    start = block_index(offset, block, blocked)
+    return flat[start : start + -(-numel // (block if offset < blocked else 1))]
 
 
 def units(count: int) -> int:
