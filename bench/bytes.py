@@ -28,7 +28,9 @@ class Traffic:
         size: of a parameter's element; a vector has as many elements as make 16 bytes of it.
         reads, writes: bytes per element of each stream.
         vectors: how many vectors the unrolled loop body has, each with all streams.
-        copies: vectors of parameters that the body of a second loop copies, in place of the first.
+        copies: vectors of parameters that the body of a second loop writes, in place of the first.
+        per_copy: of how many it works out one.
+        narrow: bytes per element of streams that are read, and others written, one element at a time: state by blocks.
         loops: how many go over all streams, each with as many vectors; one runs, or both where float32 was not enough.
     """
 
@@ -37,6 +39,8 @@ class Traffic:
     writes: tuple[int, ...]
     vectors: int = 1
     copies: int = 0
+    per_copy: int = 1
+    narrow: tuple[int, ...] = ()
     loops: int = 1
 
     @property
@@ -51,7 +55,7 @@ class Traffic:
     @property
     def vector_loads(self) -> int:
         """How many 16-byte loads make up all of that; more than one per vector of a wider stream."""
-        return self.loops * self.elements * sum(self.reads) // VECTOR_BYTES + self.copies
+        return self.loops * self.elements * sum(self.reads) // VECTOR_BYTES + self.copies * self.per_copy
 
     @property
     def vector_stores(self) -> int:
@@ -59,7 +63,8 @@ class Traffic:
 
     def moved_per_element(self, vector_loads: int, vector_stores: int) -> float:
         """Bytes per element, if the machine code has this many 16-byte accesses."""
-        return VECTOR_BYTES * (vector_loads + vector_stores - 2 * self.copies) / (self.elements * self.loops)
+        copied = self.copies * (self.per_copy + 1)
+        return VECTOR_BYTES * (vector_loads + vector_stores - copied) / (self.elements * self.loops)
 
 
 def state_size(size: int) -> int:
@@ -67,7 +72,15 @@ def state_size(size: int) -> int:
 
 
 def streams(
-    name: str, size: int, *, lists: int = 1, first: bool = False, product: int | None = None
+    name: str,
+    size: int,
+    *,
+    lists: int = 1,
+    first: bool = False,
+    product: int | None = None,
+    along: int | None = None,
+    backup: bool = True,
+    second: str | None = "read",
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Bytes per element of each stream that a kernel reads, and of each that it writes.
 
@@ -76,6 +89,10 @@ def streams(
         lists: for squares_kernel, 2 where weights are read beside the gradients.
         first: for hutchinson_kernel, whether no estimate is there to be read.
         product: the size of a product's element, where there are products beside the gradients.
+        along: for perturb_kernel, the size of what the perturbation points along, where that is not the gradient.
+        backup: for perturb_kernel, whether the weights are saved.
+        second: for update_kernel, what becomes of D: it is "read", or "written" too, which it is wherever there are
+            products; None where there is none, or where it has its bytes by blocks (block_bytes).
     """
     state = state_size(size)
     products = () if product is None else (product,)
@@ -84,16 +101,24 @@ def streams(
             return (size,) * lists, ()
         case "inspect_kernel":  # gradients, products
             return (size, *products), ()
-        case "perturb_kernel":  # weights, gradients -> backup, weights
-            return (size, size), (size, size)
+        case "perturb_kernel":  # weights, gradients or m -> backup, weights
+            return (size, along or size), (size,) * (2 if backup else 1)
         case "rademacher_kernel":  # -> signs
             return (), (size,)
         case "hutchinson_kernel":  # products, estimate (not of the first sample) -> estimate
             return (size,) if first else (size, state), (state,)
+        case "block_average_kernel":  # products; beside these by blocks
+            return (size,), ()
         # Backup (or weights, where there is none), gradients, m, D, products on a Hessian step -> weights, m, D on one.
         case "update_kernel":
-            return (size, size, state, state, *products), (size, state, *((state,) if products else ()))
+            read, written = second is not None, second == "written" or bool(products)
+            return (size, size, state, *(state,) * read, *products), (size, state, *(state,) * written)
     raise KeyError(f"{name} is unknown here: add what it must move")
+
+
+def block_bytes(name: str, size: int, *, averaged: bool = False) -> int:
+    """Bytes that a kernel moves of each block of D: reads it, and if averaged writes it as well."""
+    return state_size(size) * (2 if averaged or name == "block_average_kernel" else 1)
 
 
 def quick_float64(architecture: str) -> bool:
