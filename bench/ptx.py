@@ -31,7 +31,7 @@ from pathlib import Path
 
 from bench.bytes import VECTOR_BYTES, Traffic, streams
 from bench.sass import NO_TOOL, WIDTHS, MachineCode, find_cuobjdump, functions
-from bench.triton_code import BYTES, POWERS, TARGETS, Compiled, Variant
+from bench.triton_code import BYTES, KINDS, SECONDS, TARGETS, Compiled, Variant, is_nvidia, second_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "triton"
@@ -49,10 +49,6 @@ _AMD_WIDTHS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short
 _AMD_NUMBER = re.compile(r"\s*\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)\s*$")
 
 Accesses = tuple[collections.Counter[int], collections.Counter[int]]
-
-
-def is_nvidia(target: str) -> bool:
-    return target.startswith("sm_")
 
 
 def compile_all(
@@ -83,17 +79,27 @@ def traffic(compiled: Compiled) -> Traffic | None:
     vectors, rest = divmod(constants["UNITS"] * UNIT * size, compiled.threads * VECTOR_BYTES)
     if rest:
         raise ValueError(f"{shown(variant)}: {compiled.threads} threads cannot share a tile in vectors")
-    product = constants.get("PRODUCT")
+    product, second = constants.get("PRODUCT"), second_of(variant)
     reads, writes = streams(
         variant.kernel,
         size,
         lists=2 if constants.get("WEIGHTED") else 1,
         first=constants.get("FIRST", False),
         product=None if product is None else BYTES[product],
+        along=BYTES[constants.get("ALONG", constants["DTYPE"])],
+        second={"read": "read", "of products": "written", "of gradients": "written"}.get(second),
     )
-    # A skipped step copies the backup to the weights instead.
-    copies = vectors if variant.kernel == "update_kernel" else 0
-    return Traffic(size, reads, writes, vectors, copies, loops=1 if constants.get("QUICK_FLOAT64", True) else 2)
+    update = variant.kernel == "update_kernel"
+    return Traffic(
+        size,
+        reads,
+        writes,
+        vectors,
+        # A skipped step copies the backup to the weights instead, or works these out from themselves and m.
+        copies=vectors if update else 0,
+        per_copy=2 if update and constants["STATE"] == constants["DTYPE"] else 1,
+        loops=1 if constants.get("QUICK_FLOAT64", True) else 2,
+    )
 
 
 def shown(variant: Variant) -> str:
@@ -102,8 +108,12 @@ def shown(variant: Variant) -> str:
     for name, value in variant.constants.items():
         if name == "DTYPE":
             words.insert(0, value)
-        elif name == "POWER":
-            words.append(POWERS[value])
+        elif name == "KIND":
+            words.append(KINDS[value])
+        elif name == "SECOND" and SECONDS[value] in ("of gradients", "by blocks"):
+            words.append(SECONDS[value])
+        elif name == "ALONG" and value != variant.constants["DTYPE"]:
+            words.append(f"along {value}")
         elif name == "PRODUCT" and value is not None:
             words.append(f"products {value}")
         elif name == "QUICK_FLOAT64" and not value:

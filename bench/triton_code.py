@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,14 +22,19 @@ from typing import Any
 from tqdm import tqdm
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+# Those that get every variant; the others all but float16, which bfloat16 differs from in conversions alone, and the
+# power 1, whose kernels are those of the square root less the root.
+WHOLE_TARGETS = ("sm_90", "gfx942")
 INDEX = "index.json"
 
 # By Triton's names; with the dtypes that the state of parameters has, and that of products.
 STATES = {"fp64": "fp64", "fp32": "fp32", "bf16": "fp32", "fp16": "fp32"}
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
-POWERS = {0: "square root", 1: "identity", 2: "general"}
+# What the constants KIND (triton_kernels/arithmetic.py) and SECOND (triton_kernels/step.py) of update_kernel mean.
+KINDS = {0: "square root", 1: "identity", 2: "general", 3: "clipped", 4: "plain"}
+SECONDS = {0: "read", 1: "of products", 2: "of gradients", 3: "by blocks"}
 
-_KINDS = ("ptx", "cubin", "amdgcn", "hsaco")
+_CODES = ("ptx", "cubin", "amdgcn", "hsaco")
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,19 @@ class Compiled:
         return [cls(**{**entry, "variant": Variant(**entry["variant"])}) for entry in entries]
 
 
-def variants(warp_size: int) -> Iterator[Variant]:
-    """Every kernel in every variant that the operators launch, with the tiles that devices of this warp size get."""
+def is_nvidia(target: str) -> bool:
+    return target.startswith("sm_")
+
+
+def variants(target: str) -> Iterator[Variant]:
+    """What is compiled for a target of the kernels that the operators launch, with the tiles that they get there."""
+    for variant in _every_variant(32 if is_nvidia(target) else 64):
+        constants = variant.constants
+        if target in WHOLE_TARGETS or (constants.get("DTYPE") != "fp16" and constants.get("KIND") != 1):
+            yield variant
+
+
+def _every_variant(warp_size: int) -> Iterator[Variant]:
     import torch
 
     from sassha_fused.triton_kernels.launch import registers_for, tile_units
@@ -92,21 +108,44 @@ def variants(warp_size: int) -> Iterator[Variant]:
             tile = units(streams_of_tile(dtypes[dtype], 1 + weighted, quick))
             constants = {"WEIGHTED": weighted, "QUICK_FLOAT64": quick, "DTYPE": dtype, "UNITS": tile}
             yield Variant("squares_kernel", constants, registers_for(dtypes[dtype]))
-        for adaptive in (False, True):
-            constants = {"ADAPTIVE": adaptive, "DTYPE": dtype, "STATE": state, "UNITS": units(3)}
+        for adaptive, along in dict.fromkeys(((False, dtype), (True, dtype), (False, state))):
+            constants = {"ADAPTIVE": adaptive, "ALONG": along, "DTYPE": dtype, "STATE": state, "UNITS": units(3)}
             yield Variant("perturb_kernel", constants, registers_for(dtypes[dtype]))
         yield Variant("rademacher_kernel", {"DTYPE": dtype, "UNITS": units(1)}, registers_for(dtypes[dtype]))
         for first in (True, False):
             constants = {"FIRST": first, "DTYPE": dtype, "STATE": state, "UNITS": units(2)}
             yield Variant("hutchinson_kernel", constants, registers_for(dtypes[dtype], state=True))
-        for product in dict.fromkeys((None, dtype, state)):
-            kinds = {"HESSIAN": product is not None, "PRODUCT": product, "DTYPE": dtype, "STATE": state}
-            yield Variant("inspect_kernel", {**kinds, "UNITS": units(1)}, registers_for(dtypes[dtype]))
-            for power in POWERS:
-                constants = {"POWER": power, **kinds, "UNITS": units(5 + (product is not None))}
-                yield Variant(
-                    "update_kernel", constants, registers_for(dtypes[dtype], state=True, general_power=power == 2)
-                )
+        constants = {"DTYPE": dtype, "STATE": state, "UNITS": units(3)}
+        yield Variant("block_average_kernel", constants, registers_for(dtypes[dtype], state=True))
+        products = tuple(dict.fromkeys((dtype, state)))
+        for product in (None, *products):
+            constants = {"PRODUCT": product, "DTYPE": dtype, "STATE": state, "UNITS": units(1)}
+            yield Variant("inspect_kernel", constants, registers_for(dtypes[dtype]))
+        for kind, second, product in steps(products):
+            constants = {"KIND": kind, "SECOND": second, "PRODUCT": product, "DTYPE": dtype, "STATE": state}
+            constants["UNITS"] = units(5)
+            registers = registers_for(dtypes[dtype], state=True, general_power=KINDS[kind] == "general")
+            yield Variant("update_kernel", constants, registers)
+
+
+def second_of(variant: Variant) -> str:
+    """What a kernel does with D, by the names of SECONDS; "none" where it has nothing to do with it."""
+    constants = variant.constants
+    if "SECOND" not in constants or KINDS[constants["KIND"]] == "plain":
+        return "none"
+    return SECONDS[constants["SECOND"]]
+
+
+def steps(products: Sequence[str]) -> Iterator[tuple[int, int, str | None]]:
+    """KIND, SECOND and PRODUCT of every step that a member of the family takes, with products of these dtypes."""
+    for kind, name in KINDS.items():
+        yield kind, 0, None
+        if name == "square root":  # SAMAdamW
+            yield kind, 2, None
+        if name not in ("plain", "clipped"):  # SophiaH has no blocks
+            yield kind, 3, None
+        if name != "plain":
+            yield from ((kind, 1, product) for product in products)
 
 
 def compile_variant(variant: Variant, target: str, folder: Path) -> Compiled:
@@ -116,12 +155,20 @@ def compile_variant(variant: Variant, target: str, folder: Path) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sassha_fused.triton_kernels import hutchinson, inspection, norm, perturb, rademacher, step
+    from sassha_fused.triton_kernels import (
+        block_average,
+        hutchinson,
+        inspection,
+        norm,
+        perturb,
+        rademacher,
+        step,
+    )
     from sassha_fused.triton_kernels.launch import options_for
 
-    modules = (norm, perturb, rademacher, hutchinson, inspection, step)
+    modules = (norm, perturb, rademacher, hutchinson, block_average, inspection, step)
     kernel = next(getattr(module, variant.kernel) for module in modules if hasattr(module, variant.kernel))
-    nvidia = target.startswith("sm_")
+    nvidia = is_nvidia(target)
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     constants = {
         name: tl.str_to_ty(value, None) if value in STATES else value for name, value in variant.constants.items()
@@ -132,7 +179,7 @@ def compile_variant(variant: Variant, target: str, folder: Path) -> Compiled:
     )
     made = triton.compile(source, target=gpu, options=options_for(variant.registers, nvidia))
     files = {}
-    for kind in _KINDS:
+    for kind in _CODES:
         if kind in made.asm:
             files[kind] = f"{target}-{variant.name}.{kind}"
             code = made.asm[kind]
@@ -156,11 +203,7 @@ def main() -> None:
     if INTERPRETED:
         sys.exit("TRITON_INTERPRET is set in the environment: interpreted kernels cannot be compiled")
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    jobs = [
-        (variant, target, arguments.folder)
-        for target in arguments.targets
-        for variant in variants(32 if target.startswith("sm_") else 64)
-    ]
+    jobs = [(variant, target, arguments.folder) for target in arguments.targets for variant in variants(target)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         done = list(tqdm(pool.map(_compile_one, jobs), total=len(jobs), unit=" kernels", mininterval=0.5))
     (arguments.folder / INDEX).write_text(json.dumps([asdict(compiled) for compiled in done], indent=1))

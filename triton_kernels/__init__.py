@@ -4,6 +4,7 @@ Same names, arguments and meaning as the schemas in csrc/schema.cpp; the arithme
 csrc/math. With TRITON_INTERPRET=1 in the environment before this is imported they run on the CPU, slowly.
 """
 
+from .block_average import block_average_
 from .hutchinson import hutchinson_
 from .launch import INTERPRETED
 from .norm import grad_norm
@@ -11,4 +12,4 @@ from .perturb import perturb_
 from .rademacher import rademacher_
 from .update import update_
 
-__all__ = ["INTERPRETED", "grad_norm", "hutchinson_", "perturb_", "rademacher_", "update_"]
+__all__ = ["INTERPRETED", "block_average_", "grad_norm", "hutchinson_", "perturb_", "rademacher_", "update_"]

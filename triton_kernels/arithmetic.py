@@ -1,4 +1,5 @@
-"""The arithmetic of one element of Sassha (Shin et al., ICML 2025, arXiv 2502.18153): that of csrc/math, step by step.
+"""The arithmetic of one element: that of csrc/math, step by step, for Sassha (Shin et al., ICML 2025, arXiv 2502.18153)
+and the rest of the family.
 
 STATE is the dtype that is computed in: float64 for float64 parameters, float32 for float32, bfloat16 and float16 ones.
 Scalars are worked out in float64, once for a launch or a parameter. Compiled without contraction, so each operation
@@ -8,17 +9,26 @@ below is one IEEE rounding, and so is each explicit fused multiply-add.
 import triton
 import triton.language as tl
 
-from ..checks import BIAS_CORRECTIONS
 from .launch import INTERPRETED
 from .power import raised
+from .settings import (
+    ALONG_MOMENTUM,
+    ASCENT,
+    BETA2,
+    MAXIMIZE,
+    SECOND_AVERAGE,
+    SIGNED,
+    SQUARE,
+    UNCORRECTED,
+    setting,
+)
 
+# Where a step leads, with a kernel for each power that has a quicker way: Kind in csrc/math/sassha.h.
 SQUARE_ROOT = tl.constexpr(0)
 IDENTITY = tl.constexpr(1)
 GENERAL = tl.constexpr(2)
-
-# Kinds of bias correction.
-BY_STEP = tl.constexpr(BIAS_CORRECTIONS.index("step"))
-UNCORRECTED = tl.constexpr(BIAS_CORRECTIONS.index("none"))
+CLIPPED = tl.constexpr(3)
+PLAIN = tl.constexpr(4)
 
 # The interpreter cuts off what bfloat16 has no room for; devices round.
 _TRUNCATES = tl.constexpr(INTERPRETED)
@@ -43,6 +53,14 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def inverse_norm(size, settings):
+    r""":math:`1 / (N + 10^{-12})`, negative where rho times it leads down."""
+    inverse = 1.0 / (size + double(1e-12))
+    down = (setting(settings, MAXIMIZE) != 0.0) | (setting(settings, ASCENT) == ALONG_MOMENTUM)
+    return tl.where(down, -inverse, inverse)
+
+
+@triton.jit
 def perturbed(w, g, scale, ADAPTIVE: tl.constexpr):
     r""":math:`w + \epsilon^*`, scale being :math:`\rho / (N + 10^{-12})`."""
     step = scale * g
@@ -53,13 +71,19 @@ def perturbed(w, g, scale, ADAPTIVE: tl.constexpr):
 
 
 @triton.jit
-def root(x, POWER: tl.constexpr, power, STATE: tl.constexpr):
+def unperturbed(w, m, scale):
+    """w as it was before it became w + eps*, to rounding."""
+    return w - scale * m
+
+
+@triton.jit
+def root(x, KIND: tl.constexpr, power, STATE: tl.constexpr):
     r""":math:`x^\alpha`."""
-    if POWER == IDENTITY:
+    if KIND == IDENTITY:
         return x
-    elif POWER == GENERAL and STATE == tl.float64:
+    elif KIND == GENERAL and STATE == tl.float64:
         return tl.exp2(power * tl.log2(x))
-    elif POWER == GENERAL:
+    elif KIND == GENERAL:
         return raised(x, power)
     elif STATE == tl.float64:
         return tl.sqrt(x)
@@ -86,6 +110,16 @@ def parts_of(x, STATE: tl.constexpr):
 
 
 @triton.jit
+def times_plus(x, factor, y, STATE: tl.constexpr):
+    """factor x + y, the factor in parts."""
+    high, low = factor
+    if STATE == tl.float64:
+        return high * x + y
+    else:
+        return tl.fma(x, high, tl.fma(x, low, y))
+
+
+@triton.jit
 def average(mean, beta, x, weight, STATE: tl.constexpr):
     """beta mean + weight x, the factors in parts. Of float64 in three roundings, as plain torch has it; of float32 the
     low parts come first, which are below a ulp, then the smaller term and the larger.
@@ -100,6 +134,25 @@ def average(mean, beta, x, weight, STATE: tl.constexpr):
 
 
 @triton.jit
+def second_average(settings, STATE: tl.constexpr):
+    r"""How D is averaged: :math:`\beta_2` and :math:`1 - \beta_2` in parts, and whether products are squared, and keep
+    their sign, by which they count the other way where the objective is maximised.
+    """
+    beta2, mode = setting(settings, BETA2), setting(settings, SECOND_AVERAGE)
+    signed = mode == SIGNED
+    weight = tl.where(signed & (setting(settings, MAXIMIZE) != 0.0), beta2 - 1.0, 1.0 - beta2)
+    return parts_of(beta2, STATE), parts_of(weight, STATE), mode == SQUARE, signed
+
+
+@triton.jit
+def averaged_hessian(exp_hessian, hessian, how, STATE: tl.constexpr):
+    r""":math:`\beta_2 D + (1 - \beta_2) |H|`, or of :math:`H^2`, or of H; how: what second_average returns."""
+    beta2, weight, squared, signed = how
+    magnitude = tl.where(signed, hessian, tl.abs(hessian))
+    return average(exp_hessian, beta2, tl.where(squared, magnitude * magnitude, magnitude), weight, STATE)
+
+
+@triton.jit
 def corrected(exp_hessian, correction, STATE: tl.constexpr):
     """:math:`D / c_2`; correction: :math:`1 / c_2` in parts."""
     high, low = correction
@@ -110,10 +163,20 @@ def corrected(exp_hessian, correction, STATE: tl.constexpr):
 
 
 @triton.jit
+def clipped(exp_avg, exp_hessian, threshold, eps, STATE: tl.constexpr):
+    r""":math:`m / (\gamma \max(D, 0) + \epsilon)`, between -1 and 1."""
+    curvature = tl.where(exp_hessian > 0, exp_hessian, 0.0)
+    if STATE == tl.float64:
+        denominator = threshold * curvature + eps
+    else:
+        denominator = tl.fma(curvature, threshold, eps)
+    quotient = divided(exp_avg, denominator, STATE)
+    return tl.where(quotient > 1, 1.0, tl.where(quotient < -1, -1.0, quotient))
+
+
+@triton.jit
 def moved(w, direction, decay, step_size, STATE: tl.constexpr):
-    r""":math:`w (1 - \eta\lambda) - (\eta / c_1)` direction; decay and step_size are :math:`1 - \eta\lambda` and
-    :math:`\eta / c_1`, in parts.
-    """
+    """decay w - step_size direction, the factors in parts."""
     decay_high, decay_low = decay
     step_high, step_low = step_size
     if STATE == tl.float64:

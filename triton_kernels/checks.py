@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..checks import DTYPES, check_gradients
-from ..layout import check_layouts, state_dtype
-from ..settings import RowSettings
+from ..layout import block_index, check_layouts, state_dtype
+from ..settings import DIRECTIONS, SECOND_AVERAGES, RowSettings, Settings, dtype_along
 from .table import UNIT
 
 
@@ -28,19 +28,17 @@ def check_list(name: str, tensors: Sequence[Tensor]) -> None:
             raise ValueError(f"{name}: tensor {i} is sparse: {t.layout}")
 
 
-def check_like(
-    params: Sequence[Tensor], name: str, tensors: Sequence[Tensor], wider: torch.dtype | None = None
-) -> None:
-    """There is one tensor per parameter, of its shape, dtype and device; or all of them have a wider dtype."""
+def check_like(params: Sequence[Tensor], name: str, tensors: Sequence[Tensor], *dtypes: torch.dtype) -> None:
+    """There is one tensor per parameter, of its shape and device; all have its dtype, or one of those asked for."""
     if len(tensors) != len(params):
         raise ValueError(f"{name}: expected {len(params)} tensors, one per parameter, got {len(tensors)}")
     if not tensors:
         return
     check_list(name, tensors)
-    fits = tensors[0].dtype in (params[0].dtype, wider) and tensors[0].device == params[0].device
+    fits = tensors[0].dtype in (dtypes or (params[0].dtype,)) and tensors[0].device == params[0].device
     for i, (param, t) in enumerate(zip(params, tensors, strict=True)):
         if not fits or t.shape != param.shape:
-            check_gradients(params, tensors)
+            check_gradients(params, tensors, *dtypes[-1:])
             raise ValueError(f"{name}: tensor {i} does not fit its parameter: {t.dtype}, {tuple(t.shape)}, {t.device}")
 
 
@@ -92,20 +90,115 @@ def check_rows(tensors: Sequence[Tensor], rows: Sequence[int], per_row: Tensor, 
     check_numbers("rows", tensors, rows, len(per_row))
 
 
+def check_perturb(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    backup: Tensor | None,
+    offsets: Sequence[int],
+    rows: Sequence[int],
+    layouts: Tensor,
+    norm: Tensor,
+    per_row: Tensor,
+    settings: Settings,
+) -> None:
+    """ValueError where the arguments of perturb_ do not fit each other."""
+    if backup is not None:
+        check_parts(params, offsets, backup)
+    along = dtype_along(params, settings)
+    check_like(params, "grads", grads, *([along] if along else []))
+    check_rows(params, rows, per_row, norm.device)
+    check_layouts(params, layouts, backup)
+    if not params:
+        return
+    check_list("params", params)
+    first = params[0]
+    if settings.adaptive and grads[0].dtype != first.dtype:
+        raise ValueError(f"adaptive needs params of the dtype of exp_avg, along which they go, got {first.dtype}")
+    if backup is not None:
+        check_tensor("backup", backup, first.dtype, first.device)
+    check_scalar("norm", norm, torch.float64, first.device)
+
+
+def _check_blocked(blocked: int, end: int | None = None) -> None:
+    if blocked < 0 or blocked % UNIT != 0 or (end is not None and blocked > end):
+        raise ValueError(f"blocked must be a multiple of {UNIT} from 0 to the end of the state, got {blocked}")
+
+
+def check_block_average(
+    products: Sequence[Tensor],
+    exp_hessian: Tensor,
+    averaged: Tensor,
+    offsets: Sequence[int],
+    blocked: int,
+    settings: Settings,
+) -> None:
+    """ValueError where the arguments of block_average_ do not fit each other."""
+    if len(offsets) != len(products):
+        raise ValueError(f"offsets: expected {len(products)}, one per tensor, got {len(offsets)}")
+    if averaged.numel() != exp_hessian.numel():
+        raise ValueError(f"averaged must have {exp_hessian.numel()} elements, as exp_hessian, got {averaged.numel()}")
+    _check_blocked(blocked)
+    for i, (t, offset) in enumerate(zip(products, offsets)):
+        if offset < 0 or offset % UNIT != 0:
+            raise ValueError(f"offsets must be multiples of {UNIT}, got {offset}")
+        last = block_index(offset + t.numel() - 1, int(settings.hessian_block), blocked)
+        if t.numel() > 0 and last >= exp_hessian.numel():
+            raise ValueError(f"tensor {i}, of {t.numel()} elements, does not fit its part of the state at {offset}")
+    if not products:
+        return
+    check_list("products", products)
+    for name, flat in (("exp_hessian", exp_hessian), ("averaged", averaged)):
+        check_tensor(name, flat, state_dtype(products[0]), products[0].device)
+
+
+def _check_second(
+    products: Sequence[Tensor],
+    averaged: Tensor | None,
+    exp_avg: Tensor,
+    exp_hessian: Tensor | None,
+    blocked: int,
+    settings: Settings,
+) -> None:
+    """What D is and what changes it fit each other, and the settings."""
+    plain = DIRECTIONS[int(settings.direction)] == "plain"
+    if exp_hessian is None and not plain:
+        raise ValueError("exp_hessian is missing")
+    if plain and (products or averaged is not None):
+        raise ValueError("a plain direction takes no products")
+    if products and settings.hessian_block > 1:
+        raise ValueError("products come by blocks, as averaged")
+    if settings.hessian_block > 1 and SECOND_AVERAGES[int(settings.second_average)] == "gradient":
+        raise ValueError("squares of gradients have no blocks")
+    if exp_hessian is not None:
+        _check_blocked(blocked, exp_avg.numel())
+        expected = block_index(exp_avg.numel(), int(settings.hessian_block), blocked)
+        if exp_hessian.numel() != expected:
+            raise ValueError(f"exp_hessian must have {expected} elements, as exp_avg says, got {exp_hessian.numel()}")
+        check_tensor("exp_hessian", exp_hessian, exp_avg.dtype, exp_avg.device)
+    if averaged is not None:
+        if products or exp_hessian is None or averaged.numel() != exp_hessian.numel():
+            raise ValueError("averaged must have as many elements as exp_hessian, and does not go with products")
+        check_tensor("averaged", averaged, exp_avg.dtype, exp_avg.device)
+
+
 def check_update(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     products: Sequence[Tensor],
+    averaged: Tensor | None,
     backup: Tensor | None,
+    norm: Tensor | None,
     exp_avg: Tensor,
-    exp_hessian: Tensor,
+    exp_hessian: Tensor | None,
     steps: Tensor,
     skipped: Tensor,
     offsets: Sequence[int],
     rows: Sequence[int],
     layouts: Tensor,
+    blocked: int,
     guards: Sequence[Tensor],
     per_row: Tensor,
+    settings: Settings,
 ) -> None:
     """ValueError where the arguments of update_ do not fit each other."""
     device = steps.device
@@ -117,14 +210,17 @@ def check_update(
         check_list("params", params)
         dtype, state = params[0].dtype, state_dtype(params[0])
     if products:
-        check_like(params, "products", products, state)
-    flats = (("backup", backup, dtype), ("exp_avg", exp_avg, state), ("exp_hessian", exp_hessian, state))
-    for name, flat, kind in flats:
-        if flat is None:
-            continue
-        check_tensor(name, flat, kind, device)
-        if flat.numel() != exp_avg.numel():
-            raise ValueError(f"{name} must have {exp_avg.numel()} elements, as exp_avg, got {flat.numel()}")
+        check_like(params, "products", products, dtype or state, state)
+    check_tensor("exp_avg", exp_avg, state, device)
+    _check_second(products, averaged, exp_avg, exp_hessian, blocked, settings)
+    if backup is not None:
+        check_tensor("backup", backup, dtype, device)
+        if backup.numel() != exp_avg.numel():
+            raise ValueError(f"backup must have {exp_avg.numel()} elements, as exp_avg, got {backup.numel()}")
+    if norm is not None:
+        check_scalar("norm", norm, torch.float64, device)
+        if backup is not None or settings.adaptive or (params and dtype != state):
+            raise ValueError("norm goes neither with backup nor with adaptive, and needs params of exp_avg's dtype")
     check_tensor("steps", steps, torch.int64, device)
     if steps.dim() != 2 or steps.shape[1] != 2:
         raise ValueError(f"steps must have the rows (step, hessian_step), got shape {tuple(steps.shape)}")

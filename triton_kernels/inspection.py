@@ -46,8 +46,8 @@ def _inspect_stream(
 
 @triton.jit(
     do_not_specialize=[
-        *("table", "count", "tiles", "guards", "guard_count", "partial", "steps", "rows", "per_row", "scalars"),
-        "settings",
+        *("table", "count", "tiles", "guards", "guard_count", "partial", "steps", "rows", "per_row", "scalars", "norm"),
+        *("second", "settings"),
     ]
 )
 def inspect_kernel(
@@ -61,8 +61,9 @@ def inspect_kernel(
     rows: tl.int64,
     per_row: tl.pointer_type(tl.float64),
     scalars: tl.int64,
+    norm: tl.int64,
+    second: tl.int32,
     settings: tl.pointer_type(tl.float64),
-    HESSIAN: tl.constexpr,
     PRODUCT: tl.constexpr,
     DTYPE: tl.constexpr,
     STATE: tl.constexpr,
@@ -70,19 +71,20 @@ def inspect_kernel(
 ):
     r"""partial[program] <- a number that is not finite if any element of the program's share, or any guard, is not.
 
-    And what is at scalars, of STATE ``[rows, 6]`` <- :math:`1 - \eta\lambda, \eta / c_1, 1 / c_2`, in two parts each,
-    for each row of steps, int64 ``[rows, 2]``, and per_row, float64 ``[rows, 3]``.
+    And what is at scalars, of STATE ``[rows, 7]`` <- what the elements of a parameter share (counts.py), for each row
+    of steps, int64 ``[rows, 2]``, and per_row, float64 ``[rows, 3]``. norm: the address of N, or 0; second: whether the
+    step writes D, 0 or 1.
 
-    Streams: the gradients, of DTYPE, and if HESSIAN the products, of PRODUCT, of any length. guards: the addresses and
-    dtypes of one-element tensors. Reads 4 bytes per float32 element (8 if HESSIAN).
+    Streams: the gradients, of DTYPE, and unless PRODUCT is None the products, of that dtype, of any length. guards: the
+    addresses and dtypes of one-element tensors. Reads 4 bytes per float32 element, 8 with products.
     """
-    prepare(steps, rows, per_row, scalars.to(tl.pointer_type(STATE)), settings, HESSIAN, STATE)
+    prepare(steps, rows, per_row, scalars.to(tl.pointer_type(STATE)), norm, second, settings, STATE)
     sums = tl.zeros((UNITS * UNIT,), STATE)
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         entry = entry_of(table, count, tile)
         before, begin, end = place_of(table, count, entry, tile, UNITS)
         sums = _inspect_stream(sums, table, count, entry, before, begin, end, 0, DTYPE, STATE)
-        if HESSIAN:
+        if PRODUCT is not None:
             sums = _inspect_stream(sums, table, count, entry, before, begin, end, 1, PRODUCT, STATE)
     finding = tl.sum(sums, axis=0).to(tl.float64)
     if tl.program_id(0) == 0:

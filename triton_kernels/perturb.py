@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import check_layouts, has_memory, state_dtype
+from ..layout import has_memory, state_dtype
 from ..settings import settings_of
-from .arithmetic import double, narrow, perturbed
-from .checks import check_like, check_list, check_parts, check_rows, check_scalar, check_tensor
+from .arithmetic import inverse_norm, narrow, perturbed
+from .checks import check_perturb
 from .launch import DTYPES, launch_over, registers_for, units_on
 from .lists import dense, laid_out_like, write_back
 from .norm import sum_squares
-from .settings import MAXIMIZE, RHO, row_setting, setting
+from .settings import RHO, row_setting
 from .table import Contents, lengths_of, numbers_on, parts_of, stream_of, table_on
 from .tiles import NUMBER, entry_of, field, in_vectors, indices, load, place_of, store, stream, total
 
@@ -29,6 +29,7 @@ def _perturb_tile(
     scale,
     finite,
     ADAPTIVE: tl.constexpr,
+    ALONG: tl.constexpr,
     DTYPE: tl.constexpr,
     STATE: tl.constexpr,
     UNITS: tl.constexpr,
@@ -36,8 +37,9 @@ def _perturb_tile(
 ):
     index = indices(UNITS, VECTOR)
     w = load(w_at, begin, end, index, DTYPE, VECTOR)
-    g = load(g_at, begin, end, index, DTYPE, VECTOR)
-    store(backup_at, begin, end, index, w, DTYPE, VECTOR)
+    g = load(g_at, begin, end, index, ALONG, VECTOR)
+    if w_at != backup_at:
+        store(backup_at, begin, end, index, w, DTYPE, VECTOR)
     if finite:
         moved = perturbed(w.to(STATE), g.to(STATE), scale, ADAPTIVE)
         store(w_at, begin, end, index, narrow(moved, DTYPE), DTYPE, VECTOR)
@@ -54,16 +56,18 @@ def perturb_kernel(
     per_row: tl.pointer_type(tl.float64),
     settings: tl.pointer_type(tl.float64),
     ADAPTIVE: tl.constexpr,
+    ALONG: tl.constexpr,
     DTYPE: tl.constexpr,
     STATE: tl.constexpr,
     UNITS: tl.constexpr,
 ):
     r"""backup <- w; :math:`w \leftarrow w + \rho g / (N + 10^{-12})`, times :math:`w^2` if ADAPTIVE.
 
-    Streams: w, g and backup, of DTYPE and any length. N is in norm; or, where there are partial sums of squares, it is
-    worked out of them and put there. Where it is not finite, w stays as it is. rho: that of the tensor's row of
-    per_row, float64 ``[rows, 3]``; negated where the objective is maximised.
-    Moves 16 bytes per float32 element.
+    Streams, of any length: w, of DTYPE, g, of ALONG, and backup, which may be w, of DTYPE. N is in norm; or, where
+    there are partial sums of squares, it is worked out of them and put there. Where it is not finite, w stays. rho:
+    that of the tensor's row of per_row, float64 ``[rows, 3]``; negated where the objective is maximised, or where the
+    ascent is along exp_avg, whose parts g then are.
+    Moves 16 bytes per float32 element, 12 where backup is w.
     """
     VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     if partials > 0:
@@ -74,25 +78,26 @@ def perturb_kernel(
     else:
         size = tl.load(norm)
     finite = size - size == 0.0
-    inverse = 1.0 / (size + double(1e-12))
-    inverse = tl.where(setting(settings, MAXIMIZE) != 0.0, -inverse, inverse)
+    inverse = inverse_norm(size, settings)
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         entry = entry_of(table, count, tile)
         before, begin, end = place_of(table, count, entry, tile, UNITS)
         w_at = stream(table, count, entry, before, 0, DTYPE)
-        g_at = stream(table, count, entry, before, 1, DTYPE)
+        g_at = stream(table, count, entry, before, 1, ALONG)
         backup_at = stream(table, count, entry, before, 2, DTYPE)
         scale = (row_setting(per_row, field(table, count, entry, NUMBER), RHO) * inverse).to(STATE)
         if in_vectors(w_at | g_at | backup_at, begin, end, VECTOR):
-            _perturb_tile(w_at, g_at, backup_at, begin, end, scale, finite, ADAPTIVE, DTYPE, STATE, UNITS, VECTOR)
+            _perturb_tile(
+                w_at, g_at, backup_at, begin, end, scale, finite, ADAPTIVE, ALONG, DTYPE, STATE, UNITS, VECTOR
+            )
         else:
-            _perturb_tile(w_at, g_at, backup_at, begin, end, scale, finite, ADAPTIVE, DTYPE, STATE, UNITS, 1)
+            _perturb_tile(w_at, g_at, backup_at, begin, end, scale, finite, ADAPTIVE, ALONG, DTYPE, STATE, UNITS, 1)
 
 
 def perturb_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    backup: Tensor,
+    backup: Tensor | None,
     offsets: Sequence[int],
     rows: Sequence[int],
     layouts: Tensor,
@@ -101,29 +106,24 @@ def perturb_(
     per_row: Tensor,
     settings: Sequence[float],
 ) -> None:
-    r"""backup <- w; :math:`w \leftarrow w + \epsilon^*` (csrc/schema.cpp).
+    r"""backup <- w, where there is one; :math:`w \leftarrow w + \epsilon^*` (csrc/schema.cpp).
 
     Raises:
         ValueError: arguments do not fit each other, before anything is written.
     """
     shared = settings_of(settings)
-    check_parts(params, offsets, backup)
-    check_like(params, "grads", grads)
-    check_rows(params, rows, per_row, backup.device)
-    check_layouts(params, layouts, backup)
+    check_perturb(params, grads, backup, offsets, rows, layouts, norm, per_row, shared)
     if not params:
         return
-    check_list("params", params)
     first = params[0]
-    check_tensor("backup", backup, first.dtype, first.device)
-    check_scalar("norm", norm, torch.float64, first.device)
     if not has_memory(first):
         return
     adaptive = shared.adaptive != 0
     weights = dense(params)
     gradients = laid_out_like(weights, grads)
     partial = sum_squares(gradients, weights if adaptive else []) if measure else norm.reshape(1)
-    streams = (stream_of(weights), stream_of(gradients), parts_of(backup, tuple(offsets)))
+    old = stream_of(weights) if backup is None else parts_of(backup, tuple(offsets))
+    streams = (stream_of(weights), stream_of(gradients), old)
     units = units_on(first.device, first.dtype, len(streams))
     launch_over(
         table_on(first.device, Contents(lengths_of(weights), units, streams, rows=tuple(rows))),
@@ -135,6 +135,7 @@ def perturb_(
         numbers_on(first.device, shared, torch.float64),
         registers=registers_for(first.dtype),
         ADAPTIVE=adaptive,
+        ALONG=DTYPES[grads[0].dtype],
         DTYPE=DTYPES[first.dtype],
         STATE=DTYPES[state_dtype(first)],
     )

@@ -3,85 +3,180 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import average, corrected, divided, moved, narrow, parts_of, root
-from .counts import DECAY, HESSIAN_CORRECTION, STEP_SIZE, prepared, record
-from .settings import BETA1, BETA2, EPS, HESSIAN_POWER, MAXIMIZE, setting
-from .tiles import NUMBER, entry_of, field, in_vectors, indices, load, place_of, store, stream, total
+from .arithmetic import (
+    CLIPPED,
+    PLAIN,
+    average,
+    averaged_hessian,
+    clipped,
+    corrected,
+    divided,
+    moved,
+    narrow,
+    parts_of,
+    root,
+    second_average,
+    times_plus,
+    unperturbed,
+)
+from .counts import DECAY, FACTOR, STEP_SIZE, prepared, prepared_perturbation, record
+from .settings import BETA1, CLIP_THRESHOLD, EPS, HESSIAN_POWER, MAXIMIZE, NESTEROV, setting
+from .tiles import (
+    NUMBER,
+    blocks_of,
+    copy_of_blocks,
+    entry_of,
+    field,
+    in_vectors,
+    indices,
+    load,
+    load_of_blocks,
+    place_of,
+    store,
+    stream,
+    total,
+)
+
+# What a step does with D: reads it; averages products in, or the squares of the gradients; or has it by blocks, and
+# finds it in exp_hessian or, where block_average_ has been there, in averaged.
+READ = tl.constexpr(0)
+OF_PRODUCTS = tl.constexpr(1)
+OF_GRADIENTS = tl.constexpr(2)
+BY_BLOCKS = tl.constexpr(3)
 
 
 @triton.jit
-def _restore_tile(w_at, backup_at, begin, end, DTYPE: tl.constexpr, UNITS: tl.constexpr, VECTOR: tl.constexpr):
+def _restore_tile(
+    w_at,
+    backup_at,
+    m_at,
+    begin,
+    end,
+    perturbation,
+    DTYPE: tl.constexpr,
+    STATE: tl.constexpr,
+    UNITS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
     index = indices(UNITS, VECTOR)
-    store(w_at, begin, end, index, load(backup_at, begin, end, index, DTYPE, VECTOR), DTYPE, VECTOR)
+    w = load(backup_at, begin, end, index, DTYPE, VECTOR)
+    if DTYPE == STATE:  # noqa: SIM102 - which is known when it is compiled
+        if perturbation == perturbation:
+            w = unperturbed(w, load(m_at, begin, end, index, STATE, VECTOR), perturbation)
+    store(w_at, begin, end, index, w, DTYPE, VECTOR)
 
 
 @triton.jit
-def _restore(table, count, tiles, DTYPE: tl.constexpr, UNITS: tl.constexpr):
-    """w <- backup, where that is not w itself."""
+def _restore(table, count, tiles, of_rows, DTYPE: tl.constexpr, STATE: tl.constexpr, UNITS: tl.constexpr):
+    """w <- backup, where that is not w itself; or what w' was moved from."""
     VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         entry = entry_of(table, count, tile)
         before, begin, end = place_of(table, count, entry, tile, UNITS)
         w_at = stream(table, count, entry, before, 0, DTYPE)
         backup_at = stream(table, count, entry, before, 2, DTYPE)
-        if w_at != backup_at:
-            if in_vectors(w_at | backup_at, begin, end, VECTOR):
-                _restore_tile(w_at, backup_at, begin, end, DTYPE, UNITS, VECTOR)
+        m_at = stream(table, count, entry, before, 3, STATE)
+        perturbation = prepared_perturbation(of_rows, field(table, count, entry, NUMBER))
+        if (w_at != backup_at) | (perturbation == perturbation):
+            if in_vectors(w_at | backup_at | m_at, begin, end, VECTOR):
+                _restore_tile(w_at, backup_at, m_at, begin, end, perturbation, DTYPE, STATE, UNITS, VECTOR)
             else:
-                _restore_tile(w_at, backup_at, begin, end, DTYPE, UNITS, 1)
+                _restore_tile(w_at, backup_at, m_at, begin, end, perturbation, DTYPE, STATE, UNITS, 1)
 
 
 @triton.jit
 def _constants(settings, STATE: tl.constexpr):
-    """What all elements of a step share: the factors of the averages, in parts, and what stands in the denominator."""
-    beta1, beta2 = setting(settings, BETA1), setting(settings, BETA2)
-    gradient_weight = tl.where(setting(settings, MAXIMIZE) != 0.0, beta1 - 1.0, 1.0 - beta1)
-    averages = (
-        parts_of(beta1, STATE),
-        parts_of(gradient_weight, STATE),
-        parts_of(beta2, STATE),
-        parts_of(1.0 - beta2, STATE),
+    """What all elements of a step share: the factors of m in parts, how D is averaged, and what the direction needs."""
+    beta1 = setting(settings, BETA1)
+    maximize = setting(settings, MAXIMIZE) != 0.0
+    averages = (parts_of(beta1, STATE), parts_of(tl.where(maximize, beta1 - 1.0, 1.0 - beta1), STATE))
+    scaling = (
+        setting(settings, EPS).to(STATE),
+        setting(settings, HESSIAN_POWER),
+        setting(settings, CLIP_THRESHOLD).to(STATE),
     )
-    return averages, setting(settings, EPS).to(STATE), setting(settings, HESSIAN_POWER)
+    return averages, second_average(settings, STATE), scaling, maximize, setting(settings, NESTEROV) != 0.0
+
+
+@triton.jit
+def _second_average(
+    D_at,
+    H_at,
+    shift,
+    begin,
+    end,
+    index,
+    g,
+    how,
+    SECOND: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    STATE: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """D as this step takes it, and written where it changes."""
+    if SECOND == BY_BLOCKS:
+        exp_hessian = load_of_blocks(H_at, begin, end, index, shift, STATE, VECTOR)
+    else:
+        exp_hessian = load(D_at, begin, end, index, STATE, VECTOR)
+        if SECOND == OF_PRODUCTS:
+            product = load(H_at, begin, end, index, PRODUCT, VECTOR).to(STATE)
+            exp_hessian = averaged_hessian(exp_hessian, product, how, STATE)
+            store(D_at, begin, end, index, exp_hessian, STATE, VECTOR)
+        elif SECOND == OF_GRADIENTS:
+            beta2, weight, _, _ = how
+            exp_hessian = average(exp_hessian, beta2, g * g, weight, STATE)
+            store(D_at, begin, end, index, exp_hessian, STATE, VECTOR)
+    return exp_hessian
 
 
 @triton.jit
 def _update_tile(
     streams,
+    shift,
     begin,
     end,
-    scalars,
+    of_rows,
+    row,
     constants,
-    POWER: tl.constexpr,
-    HESSIAN: tl.constexpr,
+    KIND: tl.constexpr,
+    SECOND: tl.constexpr,
     PRODUCT: tl.constexpr,
     DTYPE: tl.constexpr,
     STATE: tl.constexpr,
     UNITS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    w_at, g_at, backup_at, exp_avg_at, exp_hessian_at, product_at = streams
-    averages, eps, power = constants
-    beta1, gradient_weight, beta2, hessian_weight = averages
-    decay, step_size, correction = scalars
+    w_at, g_at, backup_at, m_at, D_at, H_at = streams
+    (beta1, gradient_weight), how, (eps, power, threshold), maximize, nesterov = constants
     index = indices(UNITS, VECTOR)
     w = load(backup_at, begin, end, index, DTYPE, VECTOR).to(STATE)
     g = load(g_at, begin, end, index, DTYPE, VECTOR).to(STATE)
-    exp_avg = average(load(exp_avg_at, begin, end, index, STATE, VECTOR), beta1, g, gradient_weight, STATE)
-    store(exp_avg_at, begin, end, index, exp_avg, STATE, VECTOR)
-    exp_hessian = load(exp_hessian_at, begin, end, index, STATE, VECTOR)
-    if HESSIAN:
-        product = load(product_at, begin, end, index, PRODUCT, VECTOR).to(STATE)
-        exp_hessian = average(exp_hessian, beta2, tl.abs(product), hessian_weight, STATE)
-        store(exp_hessian_at, begin, end, index, exp_hessian, STATE, VECTOR)
-    denominator = root(corrected(exp_hessian, correction, STATE), POWER, power, STATE) + eps
-    new = moved(w, divided(exp_avg, denominator, STATE), decay, step_size, STATE)
+    exp_avg = load(m_at, begin, end, index, STATE, VECTOR)
+    if DTYPE == STATE:
+        perturbation = prepared_perturbation(of_rows, row)
+        w = tl.where(perturbation == perturbation, unperturbed(w, exp_avg, perturbation), w)
+    if KIND == PLAIN:
+        g = times_plus(w, prepared(of_rows, row, DECAY), tl.where(maximize, -g, g), STATE)
+        exp_avg = average(exp_avg, beta1, g, prepared(of_rows, row, FACTOR), STATE)
+        store(m_at, begin, end, index, exp_avg, STATE, VECTOR)
+        direction = tl.where(nesterov, times_plus(exp_avg, beta1, g, STATE), exp_avg)
+        new = moved(w, direction, (1.0, 0.0), prepared(of_rows, row, STEP_SIZE), STATE)
+    else:
+        exp_avg = average(exp_avg, beta1, g, gradient_weight, STATE)
+        store(m_at, begin, end, index, exp_avg, STATE, VECTOR)
+        D = _second_average(D_at, H_at, shift, begin, end, index, g, how, SECOND, PRODUCT, STATE, VECTOR)
+        if KIND == CLIPPED:
+            direction = clipped(exp_avg, D, threshold, eps, STATE)
+        else:
+            D = corrected(D, prepared(of_rows, row, FACTOR), STATE)
+            direction = divided(exp_avg, root(D, KIND, power, STATE) + eps, STATE)
+        new = moved(w, direction, prepared(of_rows, row, DECAY), prepared(of_rows, row, STEP_SIZE), STATE)
     store(w_at, begin, end, index, narrow(new, DTYPE), DTYPE, VECTOR)
 
 
 @triton.jit(
     do_not_specialize=[
-        *("table", "count", "tiles", "partial", "partials", "steps", "scalars", "skipped", "settings"),
+        *("table", "count", "tiles", "partial", "partials", "steps", "second", "scalars", "skipped", "settings"),
     ]
 )
 def update_kernel(
@@ -91,11 +186,12 @@ def update_kernel(
     partial: tl.pointer_type(tl.float64),
     partials: tl.int64,
     steps: tl.pointer_type(tl.int64),
+    second: tl.int32,
     scalars: tl.int64,
     skipped: tl.pointer_type(tl.int64),
     settings: tl.pointer_type(tl.float64),
-    POWER: tl.constexpr,
-    HESSIAN: tl.constexpr,
+    KIND: tl.constexpr,
+    SECOND: tl.constexpr,
     PRODUCT: tl.constexpr,
     DTYPE: tl.constexpr,
     STATE: tl.constexpr,
@@ -104,23 +200,26 @@ def update_kernel(
     r"""One step from :math:`w` = backup, unless the sum of partial is not finite: then w <- backup, skipped <- 1.
 
     .. math::
-        D \leftarrow \beta_2 D + (1 - \beta_2) |H| \ \text{if HESSIAN}, \quad
+        D \leftarrow \beta_2 D + (1 - \beta_2) |H| \ \text{if OF_PRODUCTS}, \quad
         m \leftarrow \beta_1 m + (1 - \beta_1) \tilde g, \quad
         w \leftarrow w (1 - \eta\lambda) - \frac{\eta}{c_1} \frac{m}{(D / c_2)^\alpha + \epsilon}
 
-    Streams, of any length: w, g and backup, which may be w, of DTYPE, m and D, of STATE, and if HESSIAN the products H,
-    of PRODUCT. g counts with the other sign where the objective is maximised; steps and scalars as in inspect_kernel.
-    Moves 24 bytes per float32 element, 32 if HESSIAN.
+    or along what KIND says instead (csrc/math/sassha.h). Where scalars have a perturbation, w is worked out from w'.
+
+    Streams, of any length: w, g and backup, which may be w, of DTYPE; m and, unless KIND is PLAIN, D, of STATE; if
+    OF_PRODUCTS the products H, of PRODUCT; if BY_BLOCKS what is read in place of D, or D itself. steps, second and
+    scalars as in inspect_kernel. Moves 24 bytes per float32 element, 32 if OF_PRODUCTS, 28 if OF_GRADIENTS, 20 if
+    PLAIN; BY_BLOCKS 20, and 4 of a block, or where what is read in place of D is kept 8.
     """
     VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     finding = total(partial, partials)
     finite = finding - finding == 0.0
     if tl.program_id(0) == 0:
         tl.store(skipped, tl.where(finite, 0, 1))
+    of_rows = scalars.to(tl.pointer_type(STATE))
     if finite:
-        record(table, count, steps, settings, HESSIAN)
+        record(table, count, steps, second, settings)
         constants = _constants(settings, STATE)
-        of_rows = scalars.to(tl.pointer_type(STATE))
         for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
             entry = entry_of(table, count, tile)
             before, begin, end = place_of(table, count, entry, tile, UNITS)
@@ -128,22 +227,29 @@ def update_kernel(
             g_at = stream(table, count, entry, before, 1, DTYPE)
             backup_at = stream(table, count, entry, before, 2, DTYPE)
             m_at = stream(table, count, entry, before, 3, STATE)
-            D_at = stream(table, count, entry, before, 4, STATE)
-            H_at = g_at
-            if HESSIAN:
-                H_at = stream(table, count, entry, before, 5, PRODUCT)
+            D_at, H_at, shift = m_at, m_at, 0
+            wide = w_at | g_at | backup_at | m_at
+            if SECOND == BY_BLOCKS:
+                D_at, shift = blocks_of(table, count, entry, before, 4, STATE)
+                H_at, shift = blocks_of(table, count, entry, before, 5, STATE)
+                if H_at != D_at:
+                    copy_of_blocks(D_at, H_at, end, shift, STATE, UNITS)
+            elif KIND != PLAIN:
+                D_at = stream(table, count, entry, before, 4, STATE)
+                if SECOND == OF_PRODUCTS:
+                    H_at = stream(table, count, entry, before, 5, PRODUCT)
+                wide |= D_at | H_at
             streams = (w_at, g_at, backup_at, m_at, D_at, H_at)
             row = field(table, count, entry, NUMBER)
-            shared = (
-                prepared(of_rows, row, DECAY),
-                prepared(of_rows, row, STEP_SIZE),
-                prepared(of_rows, row, HESSIAN_CORRECTION),
-            )
-            if in_vectors(w_at | g_at | backup_at | m_at | D_at | H_at, begin, end, VECTOR):
+            if in_vectors(wide, begin, end, VECTOR):
                 _update_tile(
-                    streams, begin, end, shared, constants, POWER, HESSIAN, PRODUCT, DTYPE, STATE, UNITS, VECTOR
+                    *(streams, shift, begin, end, of_rows, row, constants),
+                    *(KIND, SECOND, PRODUCT, DTYPE, STATE, UNITS, VECTOR),
                 )
             else:
-                _update_tile(streams, begin, end, shared, constants, POWER, HESSIAN, PRODUCT, DTYPE, STATE, UNITS, 1)
+                _update_tile(
+                    *(streams, shift, begin, end, of_rows, row, constants),
+                    *(KIND, SECOND, PRODUCT, DTYPE, STATE, UNITS, 1),
+                )
     else:
-        _restore(table, count, tiles, DTYPE, UNITS)
+        _restore(table, count, tiles, of_rows, DTYPE, STATE, UNITS)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..layout import block_index
+
 # Elements: parts of the flat buffers begin at multiples, and one Philox block has as many signs.
 UNIT = 128
 
@@ -47,6 +49,7 @@ class Contents(NamedTuple):
         rows: which row of the counts and of per_row belongs to each tensor, for kernels that need them.
         indices: the index of each tensor's first element among all of the optimizer, for kernels that draw signs: units
             are Philox blocks then, and a tensor need not begin at the first element of one.
+        shifts: of each tensor the base-2 logarithm of how many elements share one in streams by blocks.
     """
 
     lengths: tuple[int, ...]
@@ -54,6 +57,7 @@ class Contents(NamedTuple):
     streams: tuple[Stream | Parts, ...]
     rows: tuple[int, ...] = ()
     indices: tuple[int, ...] = ()
+    shifts: tuple[int, ...] = ()
 
 
 class Table(NamedTuple):
@@ -117,6 +121,15 @@ def parts_of(flat: Tensor, offsets: tuple[int, ...]) -> Parts:
     return Parts(flat.data_ptr(), flat.element_size(), offsets)
 
 
+def blocks_at(
+    flats: Sequence[Tensor], offsets: Sequence[int], block: int, blocked: int
+) -> tuple[tuple[Parts, ...], tuple[int, ...]]:
+    """The parts of buffers in which elements below blocked share one by blocks, and the shifts of their tensors."""
+    places = tuple(block_index(offset, block, blocked) for offset in offsets)
+    shifts = tuple((block if offset < blocked else 1).bit_length() - 1 for offset in offsets)
+    return tuple(parts_of(flat, places) for flat in flats), shifts
+
+
 def table_on(device: torch.device, contents: Contents) -> Table:
     """The table with these contents: that of an earlier launch where there was one on the same stream."""
     return _kept_on(device, contents, lambda: _table(device, contents))
@@ -157,7 +170,8 @@ def _table(device: torch.device, contents: Contents) -> Table:
     size = contents.units * UNIT
     first_tiles = list(accumulate((-(-length // size) for length in lengths), initial=0))
     numbers = contents.rows or [index // UNIT for index in contents.indices] or [0] * count
-    fields = [first_tiles[:-1], skips, lengths, numbers, *(_addresses(s, skips) for s in contents.streams)]
+    shifts = contents.shifts or [0] * count
+    fields = [first_tiles[:-1], skips, lengths, numbers, shifts, *(_addresses(s, skips) for s in contents.streams)]
     return Table(_copied(device, list(chain(*fields))), count, contents.units, first_tiles[-1])
 
 

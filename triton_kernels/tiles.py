@@ -17,7 +17,8 @@ FIRST_TILE = tl.constexpr(0)
 SKIP = tl.constexpr(1)
 LENGTH = tl.constexpr(2)
 NUMBER = tl.constexpr(3)
-ADDRESSES = tl.constexpr(4)
+SHIFT = tl.constexpr(4)
+ADDRESSES = tl.constexpr(5)
 
 # How many entries are looked at together: a warp's worth.
 FAN_OUT = tl.constexpr(32)
@@ -113,6 +114,36 @@ def load(address, begin, end, index, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 def store(address, begin, end, index, values, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
     """Writes the elements at these indices of a tile."""
     tl.store(_pointers(address, index, DTYPE, VECTOR), values, mask=_inside(begin, end, index, VECTOR))
+
+
+@triton.jit
+def blocks_of(table, count, entry, before, STREAM: tl.constexpr, DTYPE: tl.constexpr):
+    """The address at which a tile begins in a stream that has one number for each 2^shift elements, and the shift."""
+    shift = field(table, count, entry, SHIFT)
+    return stream(table, count, entry, before >> shift, STREAM, DTYPE), shift.to(tl.int32)
+
+
+@triton.jit
+def load_of_blocks(address, begin, end, index, shift, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """For each of the elements at these indices of a tile the number of its block."""
+    pointers = address.to(tl.pointer_type(DTYPE)) + (index >> shift)
+    return tl.load(pointers, mask=_inside(begin, end, index, VECTOR), other=0)
+
+
+@triton.jit
+def store_of_blocks(address, begin, end, index, shift, values, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """Writes each block's number, which its first element has."""
+    first = (index & ((1 << shift) - 1)) == 0
+    pointers = address.to(tl.pointer_type(DTYPE)) + (index >> shift)
+    tl.store(pointers, values, mask=_inside(begin, end, index, VECTOR) & first)
+
+
+@triton.jit
+def copy_of_blocks(address, source, end, shift, DTYPE: tl.constexpr, UNITS: tl.constexpr):
+    """Copies the numbers of a tile's blocks."""
+    count = (end + (1 << shift) - 1) >> shift
+    index = units_of(UNITS)
+    store(address, 0, count, index, load(source, 0, count, index, DTYPE, 1), DTYPE, 1)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""update_: the running averages and the weights, of a lazy step or a Hessian step, in one pass.
+"""update_: the running averages and the weights in one pass.
 
 Two launches: inspect_kernel looks for what is not finite and works out what the elements of a parameter share;
 update_kernel reads its findings. So nothing is written before everything was read, and the host waits for nothing.
@@ -10,47 +10,67 @@ import torch
 from torch import Tensor
 
 from ..layout import has_memory
-from ..settings import settings_of
-from .arithmetic import GENERAL, IDENTITY, SQUARE_ROOT
+from ..settings import DIRECTIONS, SECOND_AVERAGES, Settings, settings_of
+from .arithmetic import CLIPPED, GENERAL, IDENTITY, PLAIN, SQUARE_ROOT
 from .checks import check_update
 from .counts import SCALARS
 from .inspection import inspect_kernel
 from .launch import DTYPE_CODES, DTYPES, launch_over, programs, registers_for, units_on
 from .lists import dense, laid_out_like, write_back
-from .step import update_kernel
-from .table import Contents, Parts, Stream, lengths_of, numbers_on, parts_of, stream_of, table_on
+from .step import BY_BLOCKS, OF_GRADIENTS, OF_PRODUCTS, READ, update_kernel
+from .table import Contents, Parts, Stream, blocks_at, lengths_of, numbers_on, parts_of, stream_of, table_on
 
-POWERS = {0.5: SQUARE_ROOT.value, 1.0: IDENTITY.value}
+_POWERS = {0.5: SQUARE_ROOT.value, 1.0: IDENTITY.value}
+
+
+def kind_of(settings: Settings) -> int:
+    """Where a step leads, of the kinds that have a kernel of their own."""
+    direction = DIRECTIONS[int(settings.direction)]
+    if direction == "plain":
+        return int(PLAIN.value)
+    return int(CLIPPED.value if direction == "clipped" else _POWERS.get(settings.hessian_power, GENERAL.value))
+
+
+def second_of(settings: Settings, products: Sequence[Tensor], averaged: Tensor | None) -> int:
+    """What a step does with D."""
+    if DIRECTIONS[int(settings.direction)] == "plain":
+        return int(READ.value)
+    if averaged is not None or settings.hessian_block > 1:
+        return int(BY_BLOCKS.value)
+    if SECOND_AVERAGES[int(settings.second_average)] == "gradient":
+        return int(OF_GRADIENTS.value)
+    return int(OF_PRODUCTS.value if products else READ.value)
 
 
 def update_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     products: Sequence[Tensor],
+    averaged: Tensor | None,
     backup: Tensor | None,
+    norm: Tensor | None,
     exp_avg: Tensor,
-    exp_hessian: Tensor,
+    exp_hessian: Tensor | None,
     steps: Tensor,
     skipped: Tensor,
     offsets: Sequence[int],
     rows: Sequence[int],
     layouts: Tensor,
+    blocked: int,
     guards: Sequence[Tensor],
     guard_grads: bool,
     per_row: Tensor,
     settings: Sequence[float],
 ) -> None:
-    r"""One step from :math:`w` = backup, or without backup from params; nothing where a guard is not finite.
-
-    D changes only where products are given. As csrc/schema.cpp says.
+    r"""One step from :math:`w` = backup, or from params; nothing where a guard is not finite. As csrc/schema.cpp says.
 
     Raises:
         ValueError: arguments do not fit each other, before anything is written.
     """
     shared = settings_of(settings)
     check_update(
-        *(params, grads, products, backup, exp_avg, exp_hessian, steps, skipped, offsets, rows, layouts, guards),
-        per_row,
+        *(params, grads, products, averaged, backup, norm, exp_avg, exp_hessian, steps, skipped),
+        *(offsets, rows, layouts, blocked, guards, per_row, shared),
     )
     if not has_memory(steps):
         return
@@ -62,8 +82,9 @@ def update_(
     lengths = lengths_of(weights)
     inspected = (stream_of(gradients), *([stream_of(estimates)] if products else []))
     numbers = numbers_on(device, shared, torch.float64)
+    kind, second = kind_of(shared), second_of(shared, products, averaged)
+    writes = int(len(products) > 0 or averaged is not None or second == OF_GRADIENTS.value)
     kinds = {
-        "HESSIAN": len(products) > 0,
         "PRODUCT": DTYPES[products[0].dtype] if products else None,
         "DTYPE": DTYPES[dtype],
         "STATE": DTYPES[state],
@@ -85,27 +106,37 @@ def update_(
         len(steps),
         per_row,
         scalars.data_ptr(),
+        0 if norm is None else norm.data_ptr(),
+        writes,
         numbers,
         registers=registers_for(dtype),
         **kinds,
     )
 
-    power = POWERS.get(shared.hessian_power, GENERAL.value)
     starts = tuple(offsets)
     old = stream_of(weights) if backup is None else parts_of(backup, starts)
-    state_parts = (parts_of(exp_avg, starts), parts_of(exp_hessian, starts))
-    streams: tuple[Stream | Parts, ...] = (stream_of(weights), inspected[0], old, *state_parts, *inspected[1:])
+    streams: list[Stream | Parts] = [stream_of(weights), inspected[0], old, parts_of(exp_avg, starts)]
+    shifts: tuple[int, ...] = ()
+    if second == BY_BLOCKS.value and exp_hessian is not None:
+        taken = exp_hessian if averaged is None else averaged
+        parts, shifts = blocks_at((exp_hessian, taken), offsets, int(shared.hessian_block), blocked)
+        streams += parts
+    elif kind != PLAIN.value and exp_hessian is not None:
+        streams += [parts_of(exp_hessian, starts), *inspected[1:]]
+    units = units_on(device, dtype, len(streams))
     launch_over(
-        table_on(device, Contents(lengths, units_on(device, dtype, len(streams)), streams, rows=tuple(rows))),
+        table_on(device, Contents(lengths, units, tuple(streams), rows=tuple(rows), shifts=shifts)),
         update_kernel,
         partial,
         len(partial),
         steps,
+        writes,
         scalars.data_ptr(),
         skipped,
         numbers,
-        registers=registers_for(dtype, state=True, general_power=power == GENERAL.value),
-        POWER=power,
+        registers=registers_for(dtype, state=True, general_power=kind == GENERAL.value),
+        KIND=kind,
+        SECOND=second,
         **kinds,
     )
     write_back(params, weights)

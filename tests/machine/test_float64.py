@@ -137,12 +137,16 @@ def executed_per_element(
     counts: collections.Counter[str], backend: str, operator: str, dtype: torch.dtype
 ) -> collections.Counter[str]:
     """What is executed more often for each more element."""
-    from tests.support.floors import FLOORS
+    from tests.support.floors import BY_BLOCKS, FLOORS
 
     found = []
     for size in (SIZE, 2 * SIZE):
         counts.clear()
-        FLOORS[operator][0](backend, make_case(dtype, [Spec((size,))]))
+        case = make_case(dtype, [Spec((size,))])
+        if operator in FLOORS:
+            FLOORS[operator][0](backend, case)
+        else:
+            BY_BLOCKS[operator.removesuffix(" by blocks")][0](backend, case, 8)
         found.append(counts.copy())
     return found[1] - found[0]
 
@@ -150,6 +154,7 @@ def executed_per_element(
 OPERATORS = (
     *("perturb", "adaptive perturb", "perturb along averages", "first sample", "last sample"),
     *("lazy update", "hessian update", "update of squared gradients", "plain update"),
+    *("lazy update by blocks", "block average"),
 )
 
 
@@ -162,8 +167,9 @@ def test_more_elements_execute_no_more_float64_instructions(
     with summed(backend, quick=False):
         found = executed_per_element(executed, backend, operator, dtype)
     if backend == "triton_ptx" and "perturb" in operator:
-        # In each tile, of 512 elements or twice as many, 128 threads work out rho over the norm, and round it.
-        assert found.total() <= SIZE // 2 and {text.split(".")[0] for text in found} == {"mul", "cvt"}
+        # In each tile, of 512 elements or twice as many, 128 threads work out rho over the norm, and round it; and ask
+        # whether the norm is finite.
+        assert found.total() <= 3 * SIZE // 4 and {text.split(".")[0] for text in found} == {"mul", "cvt", "setp"}
     else:
         assert found == {}
 

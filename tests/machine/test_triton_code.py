@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.budgets import HESSIAN_BYTES, LAZY_BYTES
-from bench.bytes import VECTOR_BYTES
+from bench.budgets import ADAMW_BYTES, HESSIAN_BYTES, LAZY_BYTES, PERTURB_BYTES, SGD_BYTES, UPDATE_BYTES
+from bench.bytes import VECTOR_BYTES, state_size
 from bench.ptx import (
     FOLDER,
     ROOT,
@@ -20,18 +20,20 @@ from bench.ptx import (
     amd_code,
     compile_all,
     cubin_code,
-    is_nvidia,
     ptx_accesses,
     read,
     shown,
     traffic,
 )
 from bench.sass import NO_TOOL, MachineCode, find_cuobjdump, functions
-from bench.triton_code import BYTES, STATES, TARGETS, Compiled
+from bench.triton_code import BYTES, KINDS, STATES, TARGETS, WHOLE_TARGETS, Compiled, is_nvidia, second_of
 from tests.support.rounding import amd_unrounded, has_general_power, unrounded
 from tests.support.turns import turn
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from sassha_fused.triton_kernels.counts import SCALARS
+
 pytestmark = pytest.mark.slow
 
 # What a thread may be given; more where a vector has eight elements, and where these meet a logarithm. With both, a
@@ -41,14 +43,12 @@ MORE_REGISTERS = 32
 # A compute unit of gfx942 has 131,072 vector registers, twice of what launch.py shares out.
 AMD_SHARE = 2
 
-# Accesses narrower than 64 bits that are not of a stream, by kernel: the guards, of any dtype, and what a parameter's
-# elements share, six float32 numbers but beside float64 parameters.
+# Accesses narrower than 64 bits that are not of a stream: the guards, of any dtype.
 GUARD_LOADS = {32: 1, 16: 2}
-SHARED = 6
 
-# 16-byte loads and stores of AMD's that are not of a stream: neighbours in the table, in the counts and in what a
-# parameter's elements share.
-PAIRS = {"inspect_kernel": (3, 3), "update_kernel": (3, 1)}
+# 16-byte loads and stores of AMD's that are not of a stream: neighbours in the table, in the counts, in the settings
+# and in what a parameter's elements share.
+PAIRS = {"inspect_kernel": (3, 3), "update_kernel": (4, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +82,35 @@ def the_update(kernels: list[Compiled], target: str) -> Compiled:
     return compiled
 
 
+def shared_by_elements(compiled: Compiled, name: str) -> int:
+    """How many numbers that a parameter's elements share are loaded or stored."""
+    kernel, constants = compiled.variant.kernel, compiled.variant.constants
+    if (kernel, name) == ("inspect_kernel", "stores"):
+        return SCALARS
+    if (kernel, name) != ("update_kernel", "loads"):
+        return 0
+    # In each way through a tile; the perturbation in a skipped step too. A clipped quotient has no factor, narrow
+    # parameters no perturbation to undo.
+    unused = 2 * (KINDS[constants["KIND"]] == "clipped") + (constants["DTYPE"] != constants["STATE"])
+    return 2 * (SCALARS - unused) + 1
+
+
+def of_blocks(compiled: Compiled, name: str) -> int:
+    """How many numbers of blocks a thread loads or stores for a tile, one for each of its elements: in each way through
+    the tile, and in a step those that it takes over from averaged.
+    """
+    step, average = second_of(compiled.variant) == "by blocks", compiled.variant.kernel == "block_average_kernel"
+    # On AMD those that are not side by side are no accesses of streams (bench/ptx.py).
+    ways = 2 * (average or (step and name == "loads")) if is_nvidia(compiled.target) else 0
+    streams = traffic(compiled)
+    return (ways + step) * streams.elements if streams else 0
+
+
 def others_of(compiled: Compiled, name: str) -> dict[int, int]:
     """The narrow loads or stores that are not of a stream, by width in bits, as PTX has them."""
-    kernel, state = compiled.variant.kernel, compiled.variant.constants.get("STATE")
-    shared = SHARED if (kernel, name) in (("inspect_kernel", "stores"), ("update_kernel", "loads")) else 0
-    guards = collections.Counter(GUARD_LOADS if (kernel, name) == ("inspect_kernel", "loads") else {})
-    return guards + collections.Counter({32: shared * (state == "fp32")})
+    guards = collections.Counter(GUARD_LOADS if (compiled.variant.kernel, name) == ("inspect_kernel", "loads") else {})
+    state = compiled.variant.constants.get("STATE")
+    return guards + collections.Counter({32: shared_by_elements(compiled, name) * (state == "fp32")})
 
 
 def found_and_expected(compiled: Compiled, found: Accesses) -> dict[str, tuple[object, object]]:
@@ -106,7 +129,9 @@ def found_and_expected(compiled: Compiled, found: Accesses) -> dict[str, tuple[o
         expected: collections.Counter[int] = collections.Counter()
         for size in sizes:
             expected[8 * size] += streams.elements * streams.loops
-        expected[8 * streams.size] += streams.copies * VECTOR_BYTES // streams.size
+        copied = streams.per_copy if name == "loads" else 1
+        expected[8 * streams.size] += streams.copies * copied * VECTOR_BYTES // streams.size
+        expected[8 * state_size(streams.size)] += of_blocks(compiled, name)
         if is_nvidia(compiled.target):
             if counts[64] < expected[64]:
                 wrong[f"{name} of 64"] = (counts[64], expected[64])
@@ -134,7 +159,8 @@ def test_every_kernel_of_the_sources_is_compiled(kernels: list[Compiled]) -> Non
 def test_every_kernel_is_compiled_for_every_dtype(kernels: list[Compiled]) -> None:
     with_dtype = [compiled.variant for compiled in kernels if "DTYPE" in compiled.variant.constants]
     found = {(variant.kernel, variant.constants["DTYPE"]) for variant in with_dtype}
-    assert found == {(variant.kernel, dtype) for variant in with_dtype for dtype in STATES}
+    dtypes = [dtype for dtype in STATES if dtype != "fp16" or kernels[0].target in WHOLE_TARGETS]
+    assert found == {(variant.kernel, dtype) for variant in with_dtype for dtype in dtypes}
     assert len({shown(compiled.variant) for compiled in kernels}) == len(kernels)
 
 
@@ -154,6 +180,15 @@ def test_the_bytes_in_vectors_are_the_floor(kernels: list[Compiled]) -> None:
     norm, perturb = found["squares_kernel<fp32>"], found["perturb_kernel<fp32>"]
     assert norm + perturb + found["update_kernel<fp32, square root>"] == LAZY_BYTES
     assert norm + perturb + found["update_kernel<fp32, square root, products fp32>"] == HESSIAN_BYTES
+    lazy = {
+        words: found[f"update_kernel<fp32, {words}>"] for words in ("clipped", "square root, of gradients", "plain")
+    }
+    assert lazy == {"clipped": UPDATE_BYTES, "square root, of gradients": ADAMW_BYTES, "plain": SGD_BYTES}
+    # And what blocks have, which is not in vectors.
+    assert found["update_kernel<fp32, square root, by blocks>"] == UPDATE_BYTES - 4
+    assert found["block_average_kernel<fp32>"] == 4
+    # Of narrow parameters, whose exp_avg is float32, two bytes more.
+    assert (perturb, found["perturb_kernel<bf16>"], found["perturb_kernel<bf16, along fp32>"]) == (PERTURB_BYTES, 8, 10)
     assert found["rademacher_kernel<fp32>"] == 4
     assert (found["hutchinson_kernel<fp32, first>"], found["hutchinson_kernel<fp32>"]) == (8, 12)
 

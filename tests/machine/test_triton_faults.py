@@ -57,6 +57,38 @@ LARGEST = node_of("guards", "the_largest_finite_gradients_and_products_skip_no_s
 ESTIMATE = node_of("agreement", "backends_estimate_to_the_same_bits", "0-every layout-float32")
 SIGNS = node_of("signs", "signs_from_any_index_on_are_those_of_the_reference", "12345")
 MANY_ROWS = "tests/machine/test_triton.py::test_more_tensors_than_two_looks_at_the_table_can_tell_apart[float32]"
+ADAHESSIAN = node_of("members", "adahessian_averages_the_squares_of_products", "not maximize-0.7-hessian-float32")
+SOPHIA, SOPHIA_UP = (
+    node_of("members", "sophia_clips_the_quotient_and_averages_products_with_their_signs", case)
+    for case in ("not maximize-0.04-hessian-float32", "maximize-30.0-hessian-float64")
+)
+ADAM = node_of(
+    "members", "adam_averages_the_squares_of_gradients_in_every_step", "1.0-maximize-not backup-every size-float32"
+)
+PLAIN, PLAIN_UP, NESTEROV, DAMPENED = (
+    node_of("members", "a_plain_direction_is_that_of_sgd", case)
+    for case in (
+        "dampening-not first-not maximize-not backup-float32",
+        "-first-maximize-backup-float32",
+        "nesterov-not first-not maximize-not backup-float32",
+        "dampening-first-maximize-backup-float64",
+    )
+)
+ALONG = node_of("members", "perturb_goes_along_exp_avg_the_other_way", "many tensors-not maximize-float32")
+WORKED_OUT, WORKED_OUT_OF_A_SKIPPED = (
+    node_of("members", "without_a_backup_w_is_worked_out_from_exp_avg", case)
+    for case in ("not skipped-adam-float32", "skipped-plain-float32")
+)
+INFINITE = node_of("members", "an_average_whose_norm_is_not_finite_moves_no_weight", "inf")
+MEANS = node_of("blocks", "the_means_of_blocks_are_averaged_in", "8-0.0-not squares-float32")
+LAZY_BLOCKS, AVERAGED, SKIPPED_BLOCKS = (
+    node_of("blocks", "the_step_is_that_with_every_block_written_out", case)
+    for case in (
+        "8-0.5-not average-not skip-float32",
+        "2-0.5-average-not skip-float32",
+        "64-1.0-average-skip-float32",
+    )
+)
 REFUSED = node_of(
     "schemas", "arguments_that_do_not_fit_are_refused_and_nothing_is_written", "update_-layouts-of_other_strides"
 )
@@ -108,19 +140,24 @@ FAULTS = {
     "the last guard is not looked at": Fault("inspection", "range(guard_count)", "range(guard_count - 1)", GUARDS),
     "products are not looked at": Fault(
         "inspection",
-        "        if HESSIAN:\n            sums",
-        "        if HESSIAN and count < 0:\n            sums",
+        "        if PRODUCT is not None:\n            sums",
+        "        if PRODUCT is not None and count < 0:\n            sums",
         GRADIENTS,
     ),
     "large numbers are taken for infinite": Fault("inspection", "return sums + 0.0 * x", "return sums + x", LARGEST),
     "a skipped step is counted": Fault(
         "step",
-        "    if finite:\n        record(table, count, steps, settings, HESSIAN)\n",
-        "    record(table, count, steps, settings, HESSIAN)\n    if finite:\n",
+        "    if finite:\n        record(table, count, steps, second, settings)\n",
+        "    record(table, count, steps, second, settings)\n    if finite:\n",
         GUARDS,
     ),
-    "a skipped step leaves w' there": Fault("step", "if w_at != backup_at:", "if w_at == backup_at:", GUARDS),
-    "w' is taken for w": Fault("step", "w = load(backup_at,", "w = load(w_at,", EVERY_POWER),
+    "a skipped step leaves w' there": Fault("step", "if (w_at != backup_at) |", "if (w_at == backup_at) |", GUARDS),
+    "w' is taken for w": Fault(
+        "step",
+        "w = load(backup_at, begin, end, index, DTYPE, VECTOR).to",
+        "w = load(w_at, begin, end, index, DTYPE, VECTOR).to",
+        EVERY_POWER,
+    ),
     "every step goes down": Fault(
         "step", "setting(settings, MAXIMIZE) != 0.0", "setting(settings, MAXIMIZE) < 0.0", UPDATE_MODES
     ),
@@ -129,22 +166,109 @@ FAULTS = {
     ),
     "all averages are written": Fault(
         "step",
-        "    if HESSIAN:\n        product",
-        "    store(exp_hessian_at, begin, end, index, -exp_hessian, STATE, VECTOR)\n    if HESSIAN:\n        product",
+        "        if SECOND == OF_PRODUCTS:\n            product",
+        "        store(D_at, begin, end, index, -exp_hessian, STATE, VECTOR)\n"
+        "        if SECOND == OF_PRODUCTS:\n            product",
         EVERY_POWER,
+    ),
+    # What the rest of the family takes of the same files.
+    "no products are squared": Fault("arithmetic", "mode == SQUARE, signed", "mode < 0.0, signed", ADAHESSIAN),
+    "no products keep their sign": Fault("arithmetic", "signed = mode == SIGNED", "signed = mode < 0.0", SOPHIA),
+    "products count the same way where the objective is maximised": Fault(
+        "arithmetic", "beta2 - 1.0, 1.0 - beta2)", "1.0 - beta2, 1.0 - beta2)", SOPHIA_UP
+    ),
+    "quotients are clipped above alone": Fault(
+        "arithmetic", "(quotient < -1, -1.0,", "(quotient < -1, quotient,", SOPHIA
+    ),
+    "a negative curvature is taken as it is": Fault(
+        "arithmetic", "tl.where(exp_hessian > 0, exp_hessian, 0.0)", "exp_hessian", SOPHIA
+    ),
+    "the clip threshold is eps": Fault("settings", '_fields.index("clip_threshold")', '_fields.index("eps")', SOPHIA),
+    "gradients are averaged in place of their squares": Fault("step", "g * g, weight", "g, weight", ADAM),
+    "steps that average squares of gradients are not counted": Fault(
+        "update", " or second == OF_GRADIENTS.value)", ")", ADAM
+    ),
+    "gradients have no decay in them": Fault("step", "times_plus(w, decay,", "times_plus(0.0 * w, decay,", PLAIN),
+    "the decay of a plain direction is decoupled": Fault(
+        "counts", "decay, step_size = weight_decay, lr", "decay, step_size = 1.0 - lr * weight_decay, lr", PLAIN
+    ),
+    "nothing is dampened": Fault("counts", "1.0 - setting(settings, DAMPENING)", "1.0", PLAIN),
+    "the first gradient is dampened": Fault("counts", "tl.where(step == 1,", "tl.where(step == 0,", DAMPENED),
+    "a plain direction goes down": Fault("step", "tl.where(maximize, -g, g)", "g", PLAIN_UP),
+    "nobody looks ahead": Fault("step", "tl.where(nesterov,", "tl.where(eps < 0.0,", NESTEROV),
+    # Along exp_avg.
+    "exp_avg leads up": Fault(
+        "arithmetic", "setting(settings, ASCENT) == ALONG_MOMENTUM", "setting(settings, ASCENT) < 0.0", ALONG
+    ),
+    "the step is from w'": Fault(
+        "step",
+        "tl.where(perturbation == perturbation, unper",
+        "tl.where(perturbation != perturbation, unper",
+        WORKED_OUT,
+    ),
+    "w is worked out from exp_avg behind the step": Fault(
+        "step", "unperturbed(w, exp_avg, perturbation)", "unperturbed(w, exp_avg + g, perturbation)", WORKED_OUT
+    ),
+    "a skipped step leaves w' there without a backup": Fault(
+        "step", " | (perturbation == perturbation):", ":", WORKED_OUT_OF_A_SKIPPED
+    ),
+    "w is worked out where the norm is not finite": Fault(
+        "counts",
+        "tl.where(size - size == 0.0, inverse_norm(size, settings), inverse)",
+        "inverse_norm(size, settings)",
+        INFINITE,
+    ),
+    # D by blocks.
+    "a tile's blocks begin where its elements do": Fault(
+        "tiles", "before >> shift, STREAM", "before, STREAM", LAZY_BLOCKS
+    ),
+    "elements have the numbers of their neighbours' blocks": Fault(
+        "tiles",
+        "(index >> shift)\n    return tl.load",
+        "((index + 1) >> shift)\n    return tl.load",
+        LAZY_BLOCKS,
+    ),
+    "the last block of a tensor is not copied": Fault(
+        "tiles", "(end + (1 << shift) - 1) >> shift", "end >> shift", AVERAGED
+    ),
+    "every parameter has blocks": Fault("table", "(block if offset < blocked else 1)", "block", LAZY_BLOCKS),
+    "averaged is not taken": Fault(
+        "update", "if averaged is None else averaged", "if averaged is None else exp_hessian", AVERAGED
+    ),
+    "averaged is not kept": Fault("step", "if H_at != D_at:", "if H_at == D_at:", AVERAGED),
+    "averaged is no Hessian step": Fault("update", " or averaged is not None or second", " or second", AVERAGED),
+    "a skipped step keeps what was averaged": Fault(
+        "step",
+        "    else:\n        _restore(",
+        "    else:\n        entry = entry_of(table, count, 0)\n"
+        "        if SECOND == BY_BLOCKS:\n"
+        "            D_at, shift = blocks_of(table, count, entry, 0 * tiles, 4, STATE)\n"
+        "            copy_of_blocks(D_at, field(table, count, entry, 10), 1, shift, STATE, UNITS)\n"
+        "        _restore(",
+        SKIPPED_BLOCKS,
+    ),
+    "pairs are of distant elements first": Fault(
+        "block_average", "static_range(LONGEST_BLOCK)", "static_range(LONGEST_BLOCK - 1, -1, -1)", MEANS
+    ),
+    "products are averaged with their signs": Fault("block_average", "tl.abs(load(", "(load(", MEANS),
+    "a block that is short has the mean of a whole one": Fault(
+        "block_average", "tl.minimum(end - first, 1 << shift)", "(0 * first + (1 << shift))", MEANS
+    ),
+    "the second element of a block writes": Fault(
+        "tiles", "((1 << shift) - 1)) == 0", "((1 << shift) - 1)) == 1", MEANS
     ),
     # perturb.py
     "all parameters have the first one's rho": Fault(
         "perturb", "field(table, count, entry, NUMBER), RHO", "field(table, count, 0, NUMBER), RHO", OWN_RHO
     ),
     "w' is where the loss is higher": Fault(
-        "perturb", "setting(settings, MAXIMIZE) != 0.0", "setting(settings, MAXIMIZE) < 0.0", PERTURB_MODES
+        "arithmetic", "down, -inverse, inverse", "down, inverse, inverse", PERTURB_MODES
     ),
     "a norm that is not finite moves the weights": Fault(
         "perturb", "    if finite:\n", "    if begin < end:\n", STANDSTILL
     ),
     "the measured norm is kept": Fault("perturb", "tl.store(norm, size)", "tl.store(norm, 0.0 * size)", MEASURED),
-    "nothing is added to the norm": Fault("perturb", "double(1e-12)", "double(0.0)", VANISHING),
+    "nothing is added to the norm": Fault("arithmetic", "double(1e-12)", "double(0.0)", VANISHING),
     # tiles.py, table.py, lists.py, checks.py
     "a tensor is one too short": Fault("tiles", "LENGTH) - before,", "LENGTH) - before - 1,", PERTURB),
     "every tile goes in vectors": Fault("tiles", "(VECTOR - 1))) == 0", "(VECTOR - 1))) >= 0", PERTURB),

@@ -18,9 +18,18 @@ from sassha_fused.triton_kernels import table  # noqa: E402
 from sassha_fused.triton_kernels.counts import SCALARS  # noqa: E402
 from tests.support import arena, backends, triton_ptx  # noqa: E402
 from tests.support.calls import HYPER, call_everything, norm_of, run_perturb, run_update  # noqa: E402
-from tests.support.cases import DTYPES, GUARD, Case, Spec, each_dtype, make_case  # noqa: E402
+from tests.support.cases import DTYPES, GUARD, Case, Spec, compute_dtype, each_dtype, make_case  # noqa: E402
 from tests.support.checks import check_skip, exact_norm  # noqa: E402
-from tests.support.floors import FLOORS, LONG, bytes_per_element, elements_of, longest, wide_sectors  # noqa: E402
+from tests.support.floors import (  # noqa: E402
+    BY_BLOCKS,
+    FLOORS,
+    LONG,
+    bytes_per_element,
+    elements_of,
+    longest,
+    narrow_sectors,
+    wide_sectors,
+)
 from tests.support.ways import summed  # noqa: E402
 
 NAME = "triton_ptx"
@@ -64,11 +73,11 @@ def streaming(runs: list[arena.Run]) -> arena.Run:
     """The launch that goes over the elements, of a call's launches; the others touch a few bytes per tensor."""
     run, others = longest(runs)
     for other in others:
-        # By each thread a few settings and guards; two counts and two numbers in per tensor and three pairs out, or the
+        # By each thread a few settings and guards; two counts and three numbers in per tensor and seven out, or the
         # partial sums of a launch.
         rows = len(LONG) + 3
-        assert other.stats.ld["bytes"] <= 8 * (7 * other.blocks * other.threads + run.blocks + 4 * rows)
-        assert other.stats.st["bytes"] <= 8 * (other.blocks + 6 * rows)
+        assert other.stats.ld["bytes"] <= 8 * (9 * other.blocks * other.threads + run.blocks + 5 * rows)
+        assert other.stats.st["bytes"] <= 8 * (other.blocks + 7 * rows)
     return run
 
 
@@ -81,14 +90,14 @@ def tiles_of(run: arena.Run, case: Case) -> int:
 def most_other_bytes(run: arena.Run, case: Case) -> dict[str, int]:
     """What a launch may read and write beside the elements, whose addresses every thread looks up for each tile.
 
-    Read: by each thread and tile the entry's first tile twice, its skip, length and number, up to six addresses and
-    three scalars, or six halves as wide; by each thread the settings, one scalar and the new counts, by each program
-    the partial sums. Written: a partial sum per program, the counts, the norm or a flag.
+    Read: by each thread and tile the entry's first tile twice, its skip, length, number and shift, up to six addresses
+    and four scalars, or seven halves as wide; by each thread the settings, one scalar and the new counts, by each
+    program the partial sums. Written: a partial sum per program, the counts, the norm or a flag.
     """
     # One more for elements before the first of the tensor, in its first Philox block.
     tiles = tiles_of(run, case) + len(case.params)
     return {
-        "ld": 8 * (run.threads * (14 * tiles + 10 * run.blocks) + run.blocks * run.blocks),
+        "ld": 8 * (run.threads * (16 * tiles + 14 * run.blocks) + run.blocks * run.blocks),
         "st": 8 * (run.blocks + 2 * len(case.params) + 1),
     }
 
@@ -98,9 +107,13 @@ def element_bytes(run: arena.Run, kind: str, case: Case) -> int:
     if case.params[0].dtype == torch.float64:
         return 16 * run.stats.width[kind, 16]
     moved = sum(width * run.stats.width[kind, width] for width in (2, 4, 16))
-    # What the elements of a tensor share is read by each thread for each tile, unless the step is skipped.
-    taken = run.name.startswith("update_kernel") and int(case.skipped) == 0
-    return moved - (4 * SCALARS * run.threads * tiles_of(run, case) if kind == "ld" and taken else 0)
+    # What the elements of a tensor share is read by each thread for each tile; in a skipped step only the perturbation,
+    # which narrow parameters have no use for in others.
+    shared = 0
+    if kind == "ld" and run.name.startswith("update_kernel"):
+        narrow = case.params[0].dtype.itemsize == 2
+        shared = 1 if int(case.skipped) else SCALARS - narrow
+    return moved - 4 * shared * run.threads * tiles_of(run, case)
 
 
 @pytest.mark.parametrize("operator", FLOORS)
@@ -136,6 +149,30 @@ def test_tensors_at_any_alignment_move_at_the_floor_too(
         assert least <= getattr(run.stats, kind)["bytes"] <= least + most_other_bytes(run, case)[kind], kind
 
 
+@pytest.mark.parametrize("operator", BY_BLOCKS)
+@each_dtype
+def test_beside_the_elements_each_vector_asks_for_its_blocks(
+    runs: list[arena.Run], operator: str, dtype: torch.dtype
+) -> None:
+    call, *terms, (_, writes) = BY_BLOCKS[operator]
+    case = make_case(dtype, [Spec((size,)) for size in LONG])
+    widths = {"p": dtype.itemsize, "s": compute_dtype(dtype).itemsize}
+    sectors = []
+    for block in (8, 16):
+        runs.clear()
+        call(NAME, case, block)
+        run = streaming(runs)
+        for kind, of_kind in zip(("ld", "st"), terms, strict=True):
+            assert 16 * run.stats.width[kind, 16] == elements_of(case) * sum(widths[term] for term in of_kind), kind
+        # One number for each block; in float64 counts and a flag look the same.
+        if writes or dtype != torch.float64:
+            assert run.stats.width["st", widths["s"]] == writes * elements_of(case) // block
+        sectors.append(narrow_sectors(run.stats, "ld"))
+    # Every element of a vector asks for its block's sector, which is in the cache for all but the first.
+    most = elements_of(case) // 16 * widths["s"] // 32
+    assert sectors[0] - sectors[1] <= 16 // dtype.itemsize * most
+
+
 @each_dtype
 def test_a_skipped_step_without_a_backup_touches_no_element(runs: list[arena.Run], dtype: torch.dtype) -> None:
     case = on_whole_units(make_case(dtype, [Spec((size,)) for size in LONG]))
@@ -167,7 +204,7 @@ def test_every_variant_that_is_compiled_is_run(runs: list[arena.Run]) -> None:
             case = make_case(dtype, [Spec((5,), shift=1), Spec((130,))])
             for adaptive in (False, True):
                 norm_of(NAME, case.grads, case.params, adaptive)
-    listed = {variant.name for variant in variants(triton_ptx.WARP_SIZE)}
+    listed = {variant.name for variant in variants(triton_ptx.ARCHITECTURE)}
     assert {run.name for run in runs} == listed == set(triton_ptx.compiled())
 
 

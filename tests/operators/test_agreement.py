@@ -12,6 +12,7 @@ from sassha_fused.checks import BIAS_CORRECTIONS
 from tests.support.backends import BACKENDS, BASELINE, SLOW, device_of, each_backend_with, each_of
 from tests.support.calls import (
     HYPER,
+    MEMBERS,
     POWERS,
     hutchinson,
     norm_of,
@@ -52,6 +53,27 @@ def test_backends_update_to_the_same_bits(
     case = listed_case(backend, dtype, specs)
     hyper = {**HYPER, "hessian_power": power, "bias_correction": correction}
     assert_same_case(*(update(name, case, hyper, hessian) for name in (backend, BASELINE)))
+
+
+@each_backend_with(
+    without=[BASELINE],
+    member=tuple(MEMBERS),
+    maximize=(False, True),
+    hessian=(False, True),
+    specs=SAME_BITS_LISTS,
+    dtype=NARROW,
+)
+def test_backends_take_the_steps_of_every_member_to_the_same_bits(
+    backend: str, dtype: torch.dtype, specs: str, hessian: bool, maximize: bool, member: str
+) -> None:
+    case = listed_case(backend, dtype, specs)
+    hyper = {**MEMBERS[member], "maximize": maximize}
+    if member == "plain":
+        hyper, more = {**hyper, "nesterov": hessian}, {"exp_hessian": None}
+    else:
+        more = {}
+    takes_products = hessian and member in ("adahessian", "sophia")
+    assert_same_case(*(update(name, case, hyper, takes_products, **more) for name in (backend, BASELINE)))
 
 
 @each_backend_with(without=[BASELINE], betas=((0.9, 0.999), (0.95, 0.99), (0.0, 0.99999)))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.backends import device_of, each_backend_with
+from tests.support.backends import BASELINE, device_of, each_backend_with
 from tests.support.calls import ADAHESSIAN, ADAM, MEMBERS, PLAIN, SOPHIA, run, update
 from tests.support.cases import (
     AVERAGE_ULPS,
@@ -56,6 +56,7 @@ def test_sophia_clips_the_quotient_and_averages_products_with_their_signs(
 
 
 @each_backend_with(
+    few={"power": (1.0,)},
     power=(1.0, 2.0, 1.4),
     maximize=(False, True),
     backup=(False, True),
@@ -198,9 +199,26 @@ def test_without_a_backup_w_is_worked_out_from_exp_avg(
             assert_same_bits(found, expected, name)
 
 
+# Plain torch takes them all the same.
+@each_backend_with(without=[BASELINE], dtype=DTYPES[2:])
+def test_what_narrow_parameters_cannot_do_along_exp_avg_is_refused(backend: str, dtype: torch.dtype) -> None:
+    before = make_case(dtype, [Spec((5,)), Spec((130,))])
+    on = replace(before, grads=views_of_averages(before)).to(device_of(backend))
+    norm = torch.tensor(2.5, dtype=torch.float64, device=device_of(backend))
+    with pytest.raises((ValueError, RuntimeError)):
+        run(backend, "perturb_", on, {**MOMENTUM, "adaptive": True}, norm=norm)
+    on = replace(on, grads=[grad.to(device_of(backend)) for grad in before.grads])
+    with pytest.raises((ValueError, RuntimeError)):
+        run(backend, "perturb_", on, MOMENTUM, norm=norm)
+    with pytest.raises((ValueError, RuntimeError)):
+        run(backend, "update_", on, MOMENTUM, products=[], backup=None, norm=norm, exp_hessian=None)
+    assert_untouched(on.to("cpu"), before)
+
+
 @each_backend_with(bad=(math.nan, math.inf))
 def test_an_average_whose_norm_is_not_finite_moves_no_weight(backend: str, bad: float) -> None:
     before = make_case(torch.float32, [Spec((5,)), Spec((130,))])
+    before.exp_avg[before.offsets[1]] = bad
     after = along_momentum(before, backend, MOMENTUM, bad, backup=False)
     assert_untouched(after, replace(before, grads=after.grads))
     norm = torch.tensor(bad, dtype=torch.float64, device=device_of(backend))

@@ -15,7 +15,7 @@ from sassha_fused import eager
 from sassha_fused.checks import BIAS_CORRECTIONS
 from sassha_fused.layout import layouts_of
 from sassha_fused.ops import NAMES
-from sassha_fused.settings import Settings
+from sassha_fused.settings import DIRECTIONS, Settings
 from tests.support.backends import BACKENDS, marks_of, operators_of
 from tests.support.calls import arguments_of
 from tests.support.cases import (
@@ -212,13 +212,49 @@ def in_another_order(layouts: Tensor) -> Tensor:
     return layouts.flip(0)
 
 
+def off_the_grid(blocked: int) -> int:
+    return blocked + PART_ALIGNMENT // 2
+
+
+def below_zero(blocked: int) -> int:
+    return blocked - PART_ALIGNMENT
+
+
+def beyond_the_state(blocked: int) -> int:
+    return blocked + PART_ALIGNMENT << 20
+
+
+def given(nothing: None) -> Tensor:
+    return torch.zeros((), dtype=torch.float64)
+
+
+def given_in_full(nothing: None) -> Tensor:
+    return torch.zeros(16 * PART_ALIGNMENT)
+
+
+def left_out(flat: Tensor) -> None:
+    return None
+
+
+def by_blocks(settings: Sequence[float]) -> Sequence[float]:
+    return list(Settings(*settings)._replace(hessian_block=8))
+
+
+def by_threes(settings: Sequence[float]) -> Sequence[float]:
+    return list(Settings(*settings)._replace(hessian_block=3))
+
+
+def in_a_plain_direction(settings: Sequence[float]) -> Sequence[float]:
+    return list(Settings(*settings)._replace(direction=DIRECTIONS.index("plain")))
+
+
 LENGTHS = (shorter, longer)
 TENSORS = (*LENGTHS, misshapen, transposed, mixed, reinterpreted, doubled)
 FLATS = (truncated, reinterpreted, doubled, with_gaps)
 ROWS = (*LENGTHS, beyond, negative)
 LAYOUTS = (*LENGTHS, reinterpreted, with_gaps, in_one_row, in_another_order, of_other_strides, of_another_shape)
 PER_ROW = (reinterpreted, with_gaps, in_one_row, narrower)
-SETTINGS = (*LENGTHS, with_unknown_correction, with_negative_correction)
+SETTINGS = (*LENGTHS, with_unknown_correction, with_negative_correction, by_threes)
 BAD_ARGUMENTS = [
     (name, argument, change)
     for name, argument, changes in [
@@ -237,11 +273,21 @@ BAD_ARGUMENTS = [
         ("hutchinson_", "offsets", LENGTHS),
         ("hutchinson_", "indices", (*LENGTHS, negative)),
         ("hutchinson_", "evaluation", (reinterpreted, emptied)),
+        ("block_average_", "products", (mixed, doubled)),
+        ("block_average_", "exp_hessian", FLATS),
+        ("block_average_", "averaged", FLATS),
+        ("block_average_", "offsets", LENGTHS),
+        ("block_average_", "blocked", (off_the_grid, below_zero)),
+        ("block_average_", "settings", SETTINGS),
         ("update_", "grads", TENSORS),
+        # Products come with a backup: neither averaged nor norm goes with them.
+        ("update_", "averaged", (given_in_full,)),
+        ("update_", "norm", (given,)),
+        ("update_", "blocked", (off_the_grid, below_zero, beyond_the_state)),
         ("update_", "products", TENSORS),
         ("update_", "backup", FLATS),
         ("update_", "exp_avg", FLATS),
-        ("update_", "exp_hessian", FLATS),
+        ("update_", "exp_hessian", (*FLATS, left_out)),
         ("update_", "steps", (reinterpreted, in_one_row, with_gaps)),
         ("update_", "skipped", (reinterpreted, emptied)),
         ("update_", "guards", (reinterpreted, emptied)),
@@ -249,7 +295,7 @@ BAD_ARGUMENTS = [
         ("update_", "rows", ROWS),
         ("update_", "layouts", LAYOUTS),
         ("update_", "per_row", (truncated_rows, *PER_ROW)),
-        ("update_", "settings", SETTINGS),
+        ("update_", "settings", (*SETTINGS, by_blocks, in_a_plain_direction)),
     ]
     for change in changes
 ]

@@ -246,7 +246,8 @@ def call_everything(backend: str, dtype: torch.dtype) -> None:
     by_blocks, blocked = {**HYPER, "hessian_block": 8}, case.offsets[1]
     compact = torch.ones_like(case.exp_hessian[: block_index(len(case.exp_avg), 8, blocked)])
     shared = {"blocked": blocked, "exp_hessian": compact}
-    for averaged in (None, compact.clone()):
-        run_update(backend, case, by_blocks, False, averaged=averaged, **shared)
+    for power in POWERS:
+        for averaged in (None, compact.clone()):
+            run_update(backend, case, {**by_blocks, "hessian_power": power}, False, averaged=averaged, **shared)
     for on in (case, wide):
         run(backend, "block_average_", on, by_blocks, averaged=compact.clone(), **shared)

@@ -6,12 +6,14 @@ import collections
 import re
 
 from bench.ptx import traffic
-from bench.triton_code import POWERS, Compiled
+from bench.triton_code import KINDS, Compiled, second_of
 
-# The fused multiply-adds for an element of float32 arithmetic: three of each average, one where the Hessian is
-# corrected, three of the new weight; and those of a general power.
-FUSED_LAZY, FUSED_HESSIAN = 7, 10
+# The fused multiply-adds for an element of float32 arithmetic: of each average, of the new weight, of the denominator,
+# where D is corrected or clipped; and of a general power.
+FUSED_AVERAGE, FUSED_MOVED, FUSED_DENOMINATOR = 3, 3, 1
 FUSED_POWER = 20
+# Of a plain direction: the gradient with the decay in it, and one step ahead; the new weight, whose factor is 1.
+FUSED_PLAIN = 2 + FUSED_AVERAGE + 2 + 2
 
 # Each of these is one IEEE rounding (f32x2: for either of two numbers; f32.bf16: one summand is narrower), and ptxas
 # fuses none that says how it rounds.
@@ -38,7 +40,7 @@ _AMD_PLAIN = re.compile(r"v\d+, \S+ \S+ neg\(0\)( .*)?|v\d+, \S+ 1\.0, \S+( .*)?
 
 def has_general_power(compiled: Compiled) -> bool:
     """Whether a kernel raises to a power that is neither a root nor 1."""
-    return POWERS.get(compiled.variant.constants.get("POWER", 0)) == "general"
+    return KINDS.get(compiled.variant.constants.get("KIND", 0)) == "general"
 
 
 def takes_logarithms(compiled: Compiled) -> bool:
@@ -52,14 +54,24 @@ def fused_of(compiled: Compiled) -> int:
     if streams is None:
         return 0
     if compiled.variant.kernel == "update_kernel" and constants["STATE"] == "fp32":
-        of_element = FUSED_HESSIAN if constants["HESSIAN"] else FUSED_LAZY
-        return 2 * streams.elements * (of_element + FUSED_POWER * has_general_power(compiled))
+        return 2 * streams.elements * _fused_of_element(compiled)
+    if compiled.variant.kernel == "block_average_kernel" and constants["STATE"] == "fp32":
+        return 2 * streams.elements * FUSED_AVERAGE
     if constants.get("QUICK_FLOAT64", True):
         return 0
     # Those that find what squares and products have lost. The square of a product of two floats is that of two floats
     # once more; narrower squares are exact.
     wide, weighted = constants["DTYPE"] == "fp32", constants["WEIGHTED"]
     return streams.elements * (4 if wide and weighted else int(wide or weighted))
+
+
+def _fused_of_element(compiled: Compiled) -> int:
+    second = second_of(compiled.variant)
+    if second == "none":
+        return FUSED_PLAIN
+    averages = 2 if second in ("of products", "of gradients") else 1
+    others = FUSED_MOVED + FUSED_DENOMINATOR + FUSED_POWER * has_general_power(compiled)
+    return averages * FUSED_AVERAGE + others
 
 
 def unrounded(ptx: str, compiled: Compiled) -> dict[str, int]:

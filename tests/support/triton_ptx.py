@@ -29,7 +29,7 @@ from bench.ptx import compile_all
 from bench.triton_code import Compiled, Variant
 from sassha_fused import triton_kernels
 from sassha_fused.ops import NAMES, Operators
-from sassha_fused.triton_kernels import hutchinson, norm, perturb, rademacher, update
+from sassha_fused.triton_kernels import block_average, hutchinson, norm, perturb, rademacher, update
 from sassha_fused.triton_kernels import launch as starting
 from sassha_fused.triton_kernels.table import Table
 from tests.support import arena
@@ -43,7 +43,7 @@ MULTIPROCESSORS = 8
 
 _GPU = torch.device("cuda")
 # The modules that start kernels, or ask how.
-_MODULES: tuple[ModuleType, ...] = (starting, norm, perturb, rademacher, hutchinson, update)
+_MODULES: tuple[ModuleType, ...] = (starting, norm, perturb, rademacher, hutchinson, block_average, update)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class Backend:
     runs: list[arena.Run] | None = None
 
     def operators(self) -> Operators:
-        """The five functions; each notes its launches in runs, if that is a list."""
+        """The functions; each notes its launches in runs, if that is a list."""
         return cast(Operators, SimpleNamespace(**{name: functools.partial(self._call, name) for name in NAMES}))
 
     def _call(self, name: str, *arguments: Any) -> Tensor | None:
