@@ -84,6 +84,8 @@ def in_range(numbers: str, adaptive: str = "not adaptive") -> str:
 
 NORM_FILE, PERTURB_FILE, UPDATE_FILE = ("cuda/grad_norm.cu",), ("cuda/perturb.cu",), ("cuda/update.cu",)
 GLUE = ("cuda/torch.cpp",)
+INSPECT_FILE = ("cuda/inspect.cu",)
+BOTH_FILES = (*INSPECT_FILE, *UPDATE_FILE)
 AVERAGE_FILE = ("cuda/block_average.cu",)
 SIGNS_FILE, ESTIMATE_FILE = ("cuda/rademacher.cu",), ("cuda/hutchinson.cu",)
 
@@ -255,13 +257,13 @@ FAULTS = {
     ),
     # update.cu
     "the guards of further launches are lost": Fault(
-        "update.cu", "partial.count += blocks;", "partial.count = blocks;", (GUARDS,), UPDATE_FILE
+        "inspect.cu", "partial.count += blocks;", "partial.count = blocks;", (GUARDS,), INSPECT_FILE
     ),
     "large numbers are taken for infinite": Fault(
-        "sums.h", "sum += 0.0f * widen(g)", "sum += widen(g)", (LARGEST,), UPDATE_FILE
+        "sums.h", "sum += 0.0f * widen(g)", "sum += widen(g)", (LARGEST,), INSPECT_FILE
     ),
     "products are not looked at": Fault(
-        "update.cu", "if (u.guard_grads && u.products)", "if (false)", (PRODUCTS,), UPDATE_FILE
+        "inspect.cu", "if (u.guard_grads && u.products)", "if (false)", (PRODUCTS,), INSPECT_FILE
     ),
     "steps are not counted": Fault(
         "update.cu", "    a.steps[2 * row] = a.prepared[row].step;\n", "", (UPDATE,), UPDATE_FILE
@@ -274,14 +276,14 @@ FAULTS = {
     ),
     "a gap has a row": Fault("update.cu", "if (row < 0) continue;", "", (UPDATE,), UPDATE_FILE),
     "an uncorrected step is corrected": Fault(
-        "../math/sassha.h", "!is(settings.bias_correction, BiasCorrection::kNone)", "true", (COUNTS,), UPDATE_FILE
+        "../math/sassha.h", "!is(settings.bias_correction, BiasCorrection::kNone)", "true", (COUNTS,), INSPECT_FILE
     ),
     "an uncorrected Hessian step is counted as published": Fault(
         "../math/sassha.h",
         "is(settings.bias_correction, BiasCorrection::kStep) ?",
         "!is(settings.bias_correction, BiasCorrection::kUpdate) ?",
         (COUNTS,),
-        UPDATE_FILE,
+        INSPECT_FILE,
     ),
     "a skipped step is counted": Fault("update.cu", "  if (!finite) return;\n", "", (SKIP,), UPDATE_FILE),
     "a skipped step is taken": Fault("update.cu", f"    {RESTORE}\n    return;\n", "", (SKIP,), UPDATE_FILE),
@@ -298,7 +300,7 @@ FAULTS = {
         UPDATE_FILE,
     ),
     "a parameter has the learning rate of another row": Fault(
-        "update.cu", "chores.per_row[row]", "chores.per_row[row / 2]", (OWN_RATE,), UPDATE_FILE
+        "inspect.cu", "chores.per_row[row]", "chores.per_row[row / 2]", (OWN_RATE,), INSPECT_FILE
     ),
     "a parameter has the scalars of another row": Fault(
         "update.cu", "a.prepared[a.table.row[entry]].scalars", "a.prepared[entry].scalars", (OWN_RATE,), UPDATE_FILE
@@ -307,7 +309,11 @@ FAULTS = {
         "update.cu", "if (at.entry != entry)", "if (entry < 0)", (OWN_RATE,), UPDATE_FILE
     ),
     "a number is what is left of it in float32": Fault(
-        "../math/sassha.h", "static_cast<T>(x - static_cast<double>(high))", "T(0)", (DESCENDING,), UPDATE_FILE
+        "../math/sassha.h",
+        "static_cast<T>(x - static_cast<double>(high))",
+        "T(0)",
+        (DESCENDING,),
+        BOTH_FILES,
     ),
     # The other members: math/sassha.h, perturb.cu, update.cu
     "what keeps its sign is squared": Fault(
@@ -334,7 +340,7 @@ FAULTS = {
         "step == 1 ? 1.0 : 1.0 - settings.dampening",
         "1.0 - settings.dampening",
         (SGD,),
-        UPDATE_FILE,
+        INSPECT_FILE,
     ),
     "squares of gradients are not averaged": Fault(
         "update.cu", "!u.products && !u.averaged && averages_second(u.settings, false)", "false", (ADAM,), UPDATE_FILE
@@ -358,7 +364,11 @@ FAULTS = {
         "update.cu", "if (a.backup == nullptr) {", "if (false) {", (WORKED_OUT,), UPDATE_FILE
     ),
     "w is worked out from a norm that is not finite": Fault(
-        "update.cu", "norm != nullptr && std::isfinite(*norm)", "norm != nullptr", (STAYS,), UPDATE_FILE
+        "inspect.h",
+        "norm != nullptr && std::isfinite(*norm)",
+        "norm != nullptr",
+        (STAYS,),
+        BOTH_FILES,
     ),
     # blocks.h, block_average.cu
     "each element has a number of its own": Fault(
@@ -395,7 +405,7 @@ FAULTS = {
         UPDATE_FILE,
     ),
     "averages of blocks make no Hessian step": Fault(
-        "update.cu", "u.products || u.averaged)", "u.products.has_value())", (WRITTEN_OUT,), UPDATE_FILE
+        "inspect.cu", "u.products || u.averaged)", "u.products.has_value())", (WRITTEN_OUT,), INSPECT_FILE
     ),
     "pairs are far apart first": Fault(
         "block_average.cu",
