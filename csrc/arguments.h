@@ -54,9 +54,9 @@ inline Settings settings_of(const std::vector<double>& numbers) {
   check_mode(settings.second_average, 4, "second_average");
   check_mode(settings.direction, 3, "direction");
   const double block = settings.hessian_block;
-  STD_TORCH_CHECK(block == 1 || block == 2 || block == 4 || block == 8 || block == 16 || block == 32 || block == 64 ||
-                      block == 128,
-                  "hessian_block must be a power of 2 from 1 to 128, got ", block);
+  STD_TORCH_CHECK(
+      block == 1 || block == 2 || block == 4 || block == 8 || block == 16 || block == 32 || block == 64 || block == 128,
+      "hessian_block must be a power of 2 from 1 to 128, got ", block);
   return settings;
 }
 
@@ -152,6 +152,8 @@ inline void check_update(const TensorList& params, const TensorList& grads, cons
   STD_TORCH_CHECK(settings.hessian_block == 1 || !is(settings.second_average, SecondAverage::kGradient),
                   "squares of gradients have no blocks");
   if (averaged) {
+    const bool of_hessian = !plain && !is(settings.second_average, SecondAverage::kGradient);
+    STD_TORCH_CHECK(of_hessian, "averaged is of the Hessian, which these settings have no average of");
     STD_TORCH_CHECK(products.empty() && exp_hessian && averaged->numel() == exp_hessian->numel(),
                     "averaged does not go with products and exp_hessian");
     check_dtype(*averaged, exp_avg.scalar_type(), "averaged");

@@ -134,12 +134,12 @@ def swap_with_backup(selections: Sequence[Selection]) -> None:
 
 
 def _swap_without_backup(selection: Selection, norm: Tensor) -> None:
-    datas = [param.data for param in selection.params]
+    arrays = [param.data for param in selection.params]
     if selection.elsewhere is None:
-        selection.elsewhere = [data.clone() for data in datas]
-        _unperturb(replace(selection, params=datas), norm)
+        selection.elsewhere = [data.clone() for data in arrays]
+        _unperturb(replace(selection, params=arrays), norm)
     else:
-        for data, elsewhere in zip(datas, selection.elsewhere, strict=True):
+        for data, elsewhere in zip(arrays, selection.elsewhere, strict=True):
             data.copy_(elsewhere)
         selection.elsewhere = None
 

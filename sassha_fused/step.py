@@ -120,10 +120,7 @@ class Step:
         return self.perturbed
 
     def perturb(self) -> None:
-        """w -> w' by the gradients in .grad, which are cleared; then this step knows whether it is a Hessian step.
-
-        Along exp_avg it needs no gradients, and leaves alone what is there.
-        """
+        """w -> w' by the gradients in .grad, which are cleared, or along exp_avg; then it is known what step this is."""
         run = self.run
         try:
             with run.uninterrupted:
@@ -220,7 +217,8 @@ class Step:
                 "step() found no parameter with a gradient in both passes: between perturb() and step() the second "
                 "backward is missing, or it reached other parameters than the first. restore() gives a step up"
             )
-        refuse_used(_telling_grads(selections) if self._along_momentum else (), "step()")
+        if self._along_momentum:
+            refuse_used(_telling_grads(selections), "step()")
         return selections
 
     def _at_w(self, selections: list[Selection]) -> list[Selection]:

@@ -1,5 +1,5 @@
-// block_average_: averaged <- exp_hessian with the means of |products| over blocks averaged in. Reads 4 bytes per float32
-// element, and moves 8 per block.
+// block_average_: averaged <- exp_hessian with the means of |products| over blocks averaged in. Reads 4 bytes per
+// float32 element, and moves 8 per block.
 
 #include "arguments.h"
 #include "cpu/dtypes.h"

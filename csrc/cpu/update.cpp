@@ -181,8 +181,8 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
       return;
     }
     const bool second = averages_second(settings, has_products || averaged);
-    const auto scalars = advance<T>(static_cast<int64_t*>(steps.mutable_data_ptr()), of_rows, rows, second, inverse,
-                                    settings);
+    const auto scalars =
+        advance<T>(static_cast<int64_t*>(steps.mutable_data_ptr()), of_rows, rows, second, inverse, settings);
     // What averaged holds is read as on a lazy step.
     const bool written = second && !averaged;
     const Kind kind = kind_of(settings);

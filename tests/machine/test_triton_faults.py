@@ -188,7 +188,7 @@ FAULTS = {
     "steps that average squares of gradients are not counted": Fault(
         "update", " or second == OF_GRADIENTS.value)", ")", ADAM
     ),
-    "gradients have no decay in them": Fault("step", "times_plus(w, decay,", "times_plus(0.0 * w, decay,", PLAIN),
+    "gradients have no decay in them": Fault("step", "times_plus(w, prepared", "times_plus(0.0 * w, prepared", PLAIN),
     "the decay of a plain direction is decoupled": Fault(
         "counts", "decay, step_size = weight_decay, lr", "decay, step_size = 1.0 - lr * weight_decay, lr", PLAIN
     ),
