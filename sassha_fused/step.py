@@ -120,7 +120,7 @@ class Step:
         return self.perturbed
 
     def perturb(self) -> None:
-        """w -> w' by the gradients in .grad, which are cleared, or along exp_avg; then it is known what step this is."""
+        """w -> w' by the gradients in .grad, which are cleared, or along exp_avg; now it is known what step this is."""
         run = self.run
         try:
             with run.uninterrupted:
