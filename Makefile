@@ -14,13 +14,16 @@ TESTS := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist=wor
 .DELETE_ON_ERROR:
 # No recipe calls make, and ninja trips over the job server of a make -j that it cannot reach.
 unexport MAKEFLAGS
-.PHONY: help demo check test bench sass ptx lint format build wheel clean compiler
+.PHONY: help demo demo-language check test bench sass ptx lint format build wheel clean compiler
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: compiler $(EXTENSION) $(VENV)/.demo ## train a small ResNet on MNIST digits, fused against the plain loop, AdamW and SGD
 	$(VENV)/bin/python -m examples.mnist
+
+demo-language: compiler $(EXTENSION) $(VENV)/.demo ## train a character GPT with AdamW and with members of the family
+	$(VENV)/bin/python -m examples.chargpt
 
 check: compiler $(EXTENSION) ## run the quick tests, in two to three minutes: backends cpu and eager, nothing marked slow
 	$(TESTS) -m "not slow and not gpu"
@@ -57,7 +60,7 @@ wheel: compiler $(EXTENSION) ## build a wheel into dist/
 	$(PIP) wheel . --verbose --no-build-isolation --no-deps --wheel-dir dist
 
 clean: ## remove what was built; .venv stays
-	rm -rf build dist *.egg-info sassha_fused/*.so .benchmarks .coverage* .hypothesis examples/mnist/results
+	rm -rf build dist *.egg-info sassha_fused/*.so .benchmarks .coverage* .hypothesis examples/*/results
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name '.*_cache' \) -prune -exec rm -rf {} +
 
 # csrc and its folders stand here too, so that a deleted file is noticed; within, ninja rebuilds what changed.

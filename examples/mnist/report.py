@@ -1,7 +1,6 @@
 """The comparison as a table, as CSV files and as a picture."""
 
-import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from examples.mnist.contenders import FUSED, LOOP
 from examples.mnist.train import Run
+from examples.tables import aligned, save_csv
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -27,10 +27,7 @@ STYLES = {
 
 def table(runs: Runs) -> str:
     header = ("", "test accuracy", "test loss", "optimizer, ms/step", "share of step", "whole step, ms", "state memory")
-    rows = [header, *(_row(name, of_seed) for name, of_seed in runs.items())]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return aligned([header, *(_row(name, of_seed) for name, of_seed in runs.items())])
 
 
 def _row(name: str, runs: Sequence[Run]) -> tuple[str, ...]:
@@ -63,7 +60,7 @@ def distance(first: Sequence[Run], second: Sequence[Run]) -> str:
 def save(runs: Runs, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     each = [(name, seed, run) for name, of_seed in runs.items() for seed, run in enumerate(of_seed)]
-    _save_csv(
+    save_csv(
         folder / "summary.csv",
         ("optimizer", "seed", "test_accuracy", "test_loss", "optimizer_ms", "step_ms", "state_bytes"),
         (
@@ -79,7 +76,7 @@ def save(runs: Runs, folder: Path) -> None:
             for name, seed, run in each
         ),
     )
-    _save_csv(
+    save_csv(
         folder / "curves.csv",
         ("optimizer", "seed", "epoch", "train_loss", "test_loss", "test_accuracy"),
         (
@@ -89,11 +86,6 @@ def save(runs: Runs, folder: Path) -> None:
         ),
     )
     _save_picture(runs, folder / "curves.png")
-
-
-def _save_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
 
 
 def _save_picture(runs: Runs, path: Path) -> None:

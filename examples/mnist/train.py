@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from examples.memory import state_bytes
 from examples.mnist.contenders import Contender
 from examples.mnist.data import Digits
-from examples.mnist.memory import state_bytes
 from examples.mnist.model import resnet
 from examples.mnist.stopwatch import Stopwatch
 
