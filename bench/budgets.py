@@ -43,6 +43,11 @@ BUDGETS = {
         )
         for model in ("CNN", "transformer")
     },
+    **{
+        f"family, {model}, {kind}": Budget(f"the family, {model}, {kind}, worst row: time of the best by others", 1.0)
+        for model in ("CNN", "transformer")
+        for kind in ("optimizer's part", "whole step")
+    },
     "import": Budget("import sassha_fused, beyond import torch", 100, " ms"),
     "memory, lazy": Budget("peak memory of a lazy step beyond parameters and gradients", 12, " bytes/parameter"),
     "memory, Hessian": Budget("peak memory of a Hessian step, its products included", 20, " bytes/parameter"),
