@@ -34,6 +34,20 @@ BUDGETS = {
     "without perturbation": Budget("lazy step without perturbation, 1000 tensors: time of one with", 1.0),
     "CNN": Budget("whole training step, CNN, exact products, k = 10: time of SGD", 2.45),
     "transformer": Budget("whole training step, transformer, exact products, k = 10: time of SGD", 2.3),
+    **{
+        f"{member}, {model}": Budget(f"whole training step, {model}, {member}: time of {base}", limit)
+        for member, base, limit in (
+            ("M-Sassha", "SGD", 1.3),
+            ("SAMSGD along the momentum", "SGD", 1.05),
+            ("SAMAdamW along the momentum", "AdamW", 1.05),
+        )
+        for model in ("CNN", "transformer")
+    },
+    **{
+        f"family, {model}, {kind}": Budget(f"the family, {model}, {kind}, worst row: time of the best by others", 1.0)
+        for model in ("CNN", "transformer")
+        for kind in ("optimizer's part", "whole step")
+    },
     "import": Budget("import sassha_fused, beyond import torch", 100, " ms"),
     "memory, lazy": Budget("peak memory of a lazy step beyond parameters and gradients", 12, " bytes/parameter"),
     "memory, Hessian": Budget("peak memory of a Hessian step, its products included", 20, " bytes/parameter"),

@@ -19,8 +19,8 @@ class Residual(nn.Module):
         return torch.relu(x + self.body(x))
 
 
-def cnn() -> tuple[nn.Module, Tensor, Tensor]:
-    """Residual blocks with batch norm on 64 images of 32 x 32."""
+def cnn(batch: int = 64) -> tuple[nn.Module, Tensor, Tensor]:
+    """Residual blocks with batch norm on images of 32 x 32."""
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3, stride=2, padding=1),
         Residual(32),
@@ -30,7 +30,7 @@ def cnn() -> tuple[nn.Module, Tensor, Tensor]:
         nn.Flatten(),
         nn.Linear(64, 10),
     )
-    return model, torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
+    return model, torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
 
 
 class Attention(nn.Module):
@@ -61,12 +61,12 @@ class Block(nn.Module):
         return x + self.mlp(x)
 
 
-def transformer() -> tuple[nn.Module, Tensor, Tensor]:
-    """Two encoder blocks of width 128 on 16 sequences of 64 tokens."""
+def transformer(batch: int = 16) -> tuple[nn.Module, Tensor, Tensor]:
+    """Two encoder blocks of width 128 on sequences of 64 tokens."""
     model = nn.Sequential(
         nn.Embedding(256, 128), Block(128, 4), Block(128, 4), nn.LayerNorm(128), nn.Linear(128, 256), nn.Flatten(0, 1)
     )
-    return model, torch.randint(256, (16, 64)), torch.randint(256, (16 * 64,))
+    return model, torch.randint(256, (batch, 64)), torch.randint(256, (batch * 64,))
 
 
 MODELS = {"CNN": cnn, "transformer": transformer}

@@ -4,8 +4,12 @@ A process of its own (`python -m bench.peak_memory`), so that no memory freed ea
 """
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 from bench.contenders import Problem, sassha
 from bench.shapes import MODELS
@@ -15,6 +19,14 @@ def resident(which: str) -> int:
     """VmRSS (now) or VmHWM (the most so far), in bytes."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"{which}:\s+(\d+) kB", status).group(1))
+
+
+def printed_by(module: str) -> dict[str, Any]:
+    """What a module that measures memory prints, in a process of its own."""
+    # glibc would keep what was freed in earlier steps; at a fixed threshold it hands every large tensor back
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run([sys.executable, "-m", module], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout)
 
 
 def main() -> None:

@@ -60,6 +60,10 @@ class Selection:
         others = (self.offsets, self.rows, self.indices, self.layouts, self.telling, self.norm)
         return Selection(self.bucket, self.params, grads, *others)
 
+    def as_now(self) -> Selection:
+        """The same parameters with the gradients that they have now."""
+        return self.with_grads(list(map(_grad, self.params)))
+
     def trained(self) -> Selection:
         """What of these is trained, with exp_avg in the place of gradients."""
         positions = [i for i, param in enumerate(self.params) if param.requires_grad]

@@ -22,7 +22,7 @@ from .hessian_pass import building_graphs, set_aside
 from .run import Run
 from .selection import Selection, with_gradients
 
-_grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
+_requires_grad = attrgetter("requires_grad")
 
 
 def accept_edited(run: Run, groups: Groups, movable: bool) -> None:
@@ -174,9 +174,9 @@ class Step:
             return self.end()
         if self.curvature is not None or len(at_w_prime.steps) > 1:
             take_products(self)
+            selections = [selection.as_now() for selection in selections]
         if any(any(map(_requires_grad, selection.grads)) for selection in selections):
-            release_graphs(self, selections)
-            selections = [selection.with_grads(list(map(_grad, selection.params))) for selection in selections]
+            selections = release_graphs(self, selections)
         products = self.curvature.products_of(selections) if self.curvature is not None else ()
         with self.run.uninterrupted:
             self._put_back_all_but(selections)

@@ -192,9 +192,10 @@ def take_products(first: Step) -> None:
         release_graphs(step, selections)
 
 
-def release_graphs(step: Step, selections: Sequence[Selection]) -> None:
-    """Lets go of the graph of a step's gradients, and of those that others have got of it."""
+def release_graphs(step: Step, selections: Sequence[Selection]) -> list[Selection]:
+    """Lets go of the graph of a step's gradients, and of those that others have got of it; returns what is left."""
     nodes = nodes_of(grad for selection in selections for grad in selection.grads)
     awaited = _about(other for other in at_w_prime.steps if other is not step)
     detach(of_groups(step.groups))
     take_graphs(leaf for leaf in leaves_of(nodes) if leaf not in awaited)
+    return [selection.as_now() for selection in selections]
