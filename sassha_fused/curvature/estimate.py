@@ -29,8 +29,8 @@ def estimate(
         For each selection one tensor per parameter, of its shape. With S = 1 the sign is left off where none is needed:
         |z Hz| = |Hz|.
     """
-    if samples == 1 and not keeps_sign:
-        return _sample(source, selections, seed, 0, keep_graph)
+    if samples == 1:
+        return _sample(source, selections, seed, 0, keep_graph, times_probe=keeps_sign)
     means = [torch.empty_like(selection.bucket.exp_avg) for selection in selections]
     for sample in range(samples):
         products = _sample(source, selections, seed, sample, keep_graph or sample < samples - 1)
@@ -47,9 +47,14 @@ def estimate(
 
 
 def _sample(
-    source: HessianSource, selections: Sequence[Selection], seed: int, sample: int, keep_graph: bool
+    source: HessianSource,
+    selections: Sequence[Selection],
+    seed: int,
+    sample: int,
+    keep_graph: bool,
+    times_probe: bool = False,
 ) -> list[Sequence[Tensor]]:
-    """The products Hz with one probe z, by selection, in the memory order of their parameters."""
+    """The products Hz with one probe z, or z Hz, by selection, in the memory order of their parameters."""
     params = [param for selection in selections for param in selection.params]
     gradients = [gradient for selection in selections for gradient in selection.grads]
     probe: list[Tensor] = []
@@ -57,8 +62,12 @@ def _sample(
         signs = [empty_dense(param) for param in selection.params]
         selection.bucket.operators.rademacher_(signs, selection.indices, seed, selection.bucket.evaluation, sample)
         probe += signs
-    found = source.products(params, gradients, probe, keep_graph)
-    products = iter([_in_order_of(z, product) for z, product in zip(probe, found, strict=True)])
+    found = list(source.products(params, gradients, probe, keep_graph))
+    for i, (z, product) in enumerate(zip(probe, found, strict=True)):
+        found[i] = _in_order_of(z, product)
+        if times_probe:  # not in place: what autograd gives may be one tensor twice, or the probe itself
+            found[i] = z * found[i]
+    products = iter(found)
     return [[next(products) for _ in selection.params] for selection in selections]
 
 
