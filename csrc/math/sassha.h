@@ -95,10 +95,8 @@ struct UpdateConstants {
   T clip_threshold;
   double power;
   SplitPower split_power;
-  bool squares;
-  bool is_signed;
-  bool maximize;
-  bool nesterov;
+  // Modes, 0 for off: of bool they would keep g++ from vectorising the loops that ask for them.
+  T squares, is_signed, maximize, nesterov;
 };
 
 template <class T>
@@ -205,8 +203,8 @@ SASSHA_HOST_DEVICE float average(float mean, Parts<float> beta, float x, Parts<f
 // D <- beta2 D + (1 - beta2) |H|, or H^2, or H
 template <class T>
 SASSHA_HOST_DEVICE T averaged_hessian(T exp_hessian, T hessian, const UpdateConstants<T>& c) {
-  const T magnitude = c.is_signed ? hessian : std::fabs(hessian);
-  return average(exp_hessian, c.beta2, c.squares ? magnitude * magnitude : magnitude, c.hessian_weight);
+  const T magnitude = c.is_signed != 0 ? hessian : std::fabs(hessian);
+  return average(exp_hessian, c.beta2, c.squares != 0 ? magnitude * magnitude : magnitude, c.hessian_weight);
 }
 
 // D / c2
@@ -243,9 +241,9 @@ template <class T, Kind kKind, bool kSecond>
 SASSHA_HOST_DEVICE T updated(T w, T g, T hessian, T& exp_avg, T& exp_hessian, const UpdateConstants<T>& c,
                              const UpdateScalars<T>& s) {
   if constexpr (kKind == Kind::kPlain) {
-    const T gradient = times_plus(w, s.decay, c.maximize ? -g : g);
+    const T gradient = times_plus(w, s.decay, c.maximize != 0 ? -g : g);
     exp_avg = average(exp_avg, c.beta1, gradient, s.factor);
-    const T direction = c.nesterov ? times_plus(exp_avg, c.beta1, gradient) : exp_avg;
+    const T direction = c.nesterov != 0 ? times_plus(exp_avg, c.beta1, gradient) : exp_avg;
     return moved(w, direction, {1, 0}, s.step_size);
   } else {
     exp_avg = average(exp_avg, c.beta1, g, c.gradient_weight);

@@ -330,7 +330,7 @@ FAULTS = {
     ),
     "nesterov is ignored": Fault(
         "../math/sassha.h",
-        "c.nesterov ? times_plus(exp_avg, c.beta1, gradient) : exp_avg",
+        "c.nesterov != 0 ? times_plus(exp_avg, c.beta1, gradient) : exp_avg",
         "exp_avg",
         (SGD,),
         UPDATE_FILE,
