@@ -15,6 +15,20 @@ _INTEGERS = ("hessian_interval", "hessian_warmup", "hessian_samples", "seed", "h
 lr_of = itemgetter(0)  # of Method.values_of
 
 
+def ascents_of(groups: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """What the groups say of the way to w', by which w may have to be worked out."""
+    return [tuple(map(group.get, ("rho", "ascent", "exact_restore"))) for group in groups]
+
+
+def refuse_other_ascents(before: list[tuple[Any, ...]], groups: Sequence[dict[str, Any]]) -> None:
+    """ValueError where groups say otherwise now."""
+    if before != ascents_of(groups):
+        raise ValueError(
+            "rho, ascent or exact_restore was edited between perturb() and step(), where exact_restore is False and "
+            "they tell the way back to w: edit groups before perturb() or after step()"
+        )
+
+
 class AcceptedGroups:
     """The groups as they were accepted.
 

@@ -71,7 +71,9 @@ def second_average(hessian: Tensor, x: Tensor, settings: Settings) -> Tensor:
     r""":math:`D \leftarrow \beta_2 D + (1 - \beta_2) |x|`, or of :math:`x^2`, or of x."""
     kind = SECOND_AVERAGES[int(settings.second_average)]
     x = x.to(hessian.dtype)
-    value = x if kind == "signed" else x.abs() if kind == "absolute" else x * x
+    # Of a square that is infinite the average would be NaN.
+    square = (x * x).clamp(max=torch.finfo(x.dtype).max)
+    value = x if kind == "signed" else x.abs() if kind == "absolute" else square
     weight = -(1 - settings.beta2) if kind == "signed" and settings.maximize else 1 - settings.beta2
     return _average(hessian, _parts(settings.beta2, x.dtype), value, _parts(weight, x.dtype))
 

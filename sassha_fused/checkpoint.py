@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .accepted_groups import in_own_types
-from .checks import check_groups
+from .checks import check_groups, foreign_names
 from .counts import Counts
 from .flat import FlatState
 from .method import Method
@@ -31,6 +31,10 @@ def check_and_protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[
     method: Method = optimizer._run.flat.method  # type: ignore[attr-defined]
     saved = [dict(group) for group in state_dict["param_groups"]]
     for group, own in zip(saved, optimizer.param_groups, strict=False):
+        if group.get("amsgrad") or group.get("decoupled_weight_decay") is False:
+            raise ValueError("state_dict: that of an Adam with amsgrad or with coupled weight decay is not supported")
+        for name in foreign_names(group, method):
+            del group[name]
         group.update({name: own[name] for name in _OWN if name in own})
     check_groups([{**optimizer.defaults, **group} for group in saved], method)
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
@@ -103,10 +107,11 @@ def counts_of(groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]
 def initialises_state(
     groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]], grads: Sequence[Tensor]
 ) -> bool:
-    """Whether torch.distributed.checkpoint has state made: by a step with lr 0 on gradients without a graph."""
+    """Whether torch.distributed.checkpoint has state made: by a step with lr 0 on gradients of 0."""
     return (
         len(grads) > 0
         and not states
         and not any(grad.requires_grad for grad in grads)
         and all(float(group["lr"]) == 0 for group in groups)
+        and not any(bool(grad.any()) for grad in grads)
     )

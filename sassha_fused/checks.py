@@ -134,6 +134,11 @@ def check_hyperparameters(
         raise ValueError(f"{error.args[0]} is missing in a parameter group: put it back") from None
 
 
+def foreign_names(group: dict[str, Any], method: Method) -> list[str]:
+    """Hyperparameters of other members of the family."""
+    return sorted((group.keys() & _CHECKS.keys()) - set(method.names))
+
+
 def check_groups(
     groups: Sequence[dict[str, Any]],
     method: Method,
@@ -142,6 +147,8 @@ def check_groups(
 ) -> None:
     """Checks the hyperparameters of all groups, and that they share what belongs to the optimizer."""
     for group, known in zip_longest(groups, accepted[: len(groups)]):
+        for name in foreign_names(group, method):
+            raise ValueError(f"{name} is no hyperparameter of this optimizer, got {group[name]!r} in a parameter group")
         check_hyperparameters(group, method.names, wait, known)
         method.check(group)
         for name in method.shared:
@@ -184,6 +191,16 @@ def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor], dtype: to
                 expected = dtype or expected
             if got != expected:
                 raise ValueError(f"{where} has {name} {got} instead of the parameter's {expected}")
+
+
+def refuse_unperturbed(groups: Sequence[dict[str, Any]], along_momentum: bool) -> None:
+    """ValueError: the gradients are those at w, and the step takes those at w'."""
+    rho = max(group["rho"] for group in groups)
+    way = "before the backward" if along_momentum else "after the first backward and run a second one"
+    raise ValueError(
+        f"step() without perturb(), though rho is {rho}: the step takes its gradients at w', not at w. Give step() a "
+        f"closure, or call perturb() {way}; or set rho to 0 in every group, and nothing is perturbed"
+    )
 
 
 def refuse_grad_scaler(optimizer: object) -> None:

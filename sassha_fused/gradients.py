@@ -66,6 +66,19 @@ def mark_droppable(params: Iterable[Tensor]) -> None:
             grad._droppable_in_version = grad._version  # type: ignore[attr-defined]
 
 
+def drop_spent(params: Iterable[Tensor]) -> None:
+    """Clears gradients that a step has used or that were cleared in place; ValueError where there are others."""
+    left = [(param, param.grad) for param in params if param.grad is not None]
+    used = any(getattr(grad, "_used_in_version", None) == grad._version for _, grad in left)
+    if not used and any(getattr(grad, "_droppable_in_version", None) != grad._version for _, grad in left):
+        raise ValueError(
+            "perturb() along the momentum found gradients, of which it takes none: it comes before the one backward of "
+            "a step. Call zero_grad(), perturb(), and then backward"
+        )
+    for param, _ in left:
+        param.grad = None
+
+
 def refuse_accumulated(params: Iterable[Tensor]) -> None:
     """ValueError where somebody has left gradients that a closure's step would drop."""
     for param in params:

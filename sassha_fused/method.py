@@ -108,7 +108,8 @@ class Method:
             float(SECOND_AVERAGES.index(self.second_average or "absolute")),
             float(DIRECTIONS.index(self.direction)),
             float(group.get("clip_threshold", 0.0)),
-            float(group.get("dampening", 0.0)),
+            # Without momentum torch.optim.SGD knows of no dampening.
+            float(group.get("dampening", 0.0)) if beta1 > 0 else 0.0,
             float(group.get("nesterov", False)),
             float(group.get("hessian_block", 1)),
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import checkpoint
-from .checks import check_choice, check_groups, check_parameter, is_single, refuse_grad_scaler
+from .checks import check_choice, check_groups, check_parameter, is_single, refuse_grad_scaler, refuse_unperturbed
 from .closures import ends_step, walk
 from .curvature.check import check_products
 from .curvature.exact import SOURCES
@@ -70,11 +70,12 @@ class FusedOptimizer(Optimizer):
 
     @torch.no_grad()
     def perturb(self) -> None:
-        """Takes the weights to w' by the gradients in ``.grad``, and clears these.
+        """Takes the weights to w' by the gradients in ``.grad``, and clears these; or, along -m, before any backward.
 
         Raises:
             TypeError, ValueError: the weights are at w' already; a gradient is sparse or of another shape, dtype or
-                device, or was used by the step before; a hyperparameter was edited to a value that is refused.
+                device, or was used by the step before, or is there though the way is along -m; a hyperparameter was
+                edited to a value that is refused.
         """
         step = self._run.step
         if step is not None:
@@ -127,8 +128,8 @@ class FusedOptimizer(Optimizer):
 
         Args:
             closure: computes and returns the loss, and may run backward itself; called at w and at w', or once where
-                rho is 0 in every group. Without it, the rest of the step after perturb() and the second backward; or,
-                where rho is 0 in every group, a step by the gradients in ``.grad``.
+                a step has one pass. Without it, the rest of the step after perturb() and the backward at w'; or, where
+                nothing is perturbed, a step by the gradients in ``.grad``.
 
         Returns:
             The loss of the first pass, detached; None without a closure.
@@ -177,12 +178,7 @@ class FusedOptimizer(Optimizer):
             run.lay_out_anew(self.param_groups)
             return
         if grads and not is_single(self.param_groups):
-            rho = max(group["rho"] for group in self.param_groups)
-            raise ValueError(
-                f"step() without perturb(), though rho is {rho}: the step takes its gradients at w', not at w. Give "
-                "step() a closure, or call perturb() after the first backward and run a second one; or set rho to 0 in "
-                "every group, and one pass is enough"
-            )
+            refuse_unperturbed(self.param_groups, run.flat.of_trained)
         Step(run, self.param_groups).finish()
 
     @torch.no_grad()

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn.utils import parametrize
 
-from .arithmetic import perturbation_factors
 from .checks import DTYPES, check_gradients
 from .layout import sent, wide_dtype
 from .selection import Selection
@@ -32,6 +31,7 @@ def _norm_of_averages(selections: Sequence[Selection]) -> Tensor:
     """The same of exp_avg, which has the dtype of the state."""
     norms = []
     for s in selections:
+        s.check_current()
         place = (s.params, s.layouts, True) if s.bucket.settings.adaptive else ((), None, False)
         norms.append(s.bucket.operators.grad_norm(s.grads, *place))
     return _together(norms)
@@ -95,17 +95,37 @@ def put_back(selections: Sequence[Selection]) -> None:
     for selection in selections:
         if selection.norm is not None:
             _unperturb(selection, selection.norm)
+            selection.norm = None  # w is in the parameters again
         elif pairs := _with_backups(selection):
             torch._foreach_copy_([param for param, _ in pairs], [backup for _, backup in pairs])
     forget_copies()
 
 
 def _unperturb(selection: Selection, norm: Tensor) -> None:
+    """w' -> w, where no copy tells it: what update_ does in a step that is skipped, without more memory."""
     bucket = selection.bucket
-    factors = perturbation_factors(bucket.table.values, norm, bucket.settings).to(bucket.exp_avg.dtype)
-    for param, row in zip(selection.params, selection.rows, strict=True):
-        if param.shape == bucket.averages[row].shape:
-            param.copy_(torch.where(torch.isfinite(norm), param - factors[row] * bucket.averages[row], param))
+    not_finite, skipped = torch.full_like(norm, torch.nan), torch.zeros_like(bucket.skipped)
+    bucket.operators.update_(
+        selection.params,
+        selection.params,  # any gradients
+        (),
+        None,
+        None,
+        norm,
+        bucket.exp_avg,
+        bucket.exp_hessian,
+        bucket.counts,
+        skipped,
+        selection.offsets,
+        selection.rows,
+        selection.layouts,
+        bucket.blocked,
+        [not_finite],
+        False,
+        bucket.table.values,
+        bucket.settings,
+    )
+    increment_version(selection.params)
 
 
 def _with_backups(selection: Selection) -> list[tuple[Tensor, Tensor]]:
@@ -194,6 +214,8 @@ def update(
             run()
             updated.append(selection)
             increment_version(selection.params)
+            if backed_up and not perturbed:
+                vars(selection.bucket).pop("backup")  # memory that no next perturbation needs
     forget_copies()
 
 

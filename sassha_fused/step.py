@@ -13,11 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from . import passes
-from .accepted_groups import lr_of
+from .accepted_groups import ascents_of, lr_of, refuse_other_ascents
+from .checks import is_single
 from .counts import StepTaken
 from .curvature.of_step import Curvature, at_w_prime, release_graphs, take_products
 from .flat import Groups
-from .gradients import refuse_used
+from .gradients import drop_spent, of_groups, refuse_used
 from .hessian_pass import building_graphs, set_aside
 from .run import Run
 from .selection import Selection, with_gradients
@@ -74,14 +75,16 @@ class Step:
         self._moved: list[Selection] = []
         self._versions: list[int] = []
         self._norm: Tensor | None = None
+        self._ascents = ascents_of(groups)
         run.step, run.given_up = self, None
 
     @classmethod
     def take_in_first_gradients(cls, run: Run, groups: Groups) -> None:
-        """Makes the step whose first gradients are in .grad, and takes it to w'."""
-        cls(run, groups).perturb()
-
-    # ---------------------------------------------------------------- the way there
+        """Makes the step whose first gradients are in .grad, and takes it to w'; along exp_avg there are none."""
+        if along_momentum := run.flat.method.along_momentum(groups[0]):
+            drop_spent(of_groups(groups))
+        if not (along_momentum and is_single(groups)):
+            cls(run, groups).perturb()
 
     def begin(self) -> None:
         """Before the first pass of a closure: where it is the only one, it may need a graph already."""
@@ -126,7 +129,7 @@ class Step:
             with run.uninterrupted:
                 self._norm = self._with_current(self._perturb, self._along_momentum)
             if not self._moved:
-                return self.end()
+                return None if self._along_momentum else self.end()
             # Only now: the device has this step's first pass to work on while the host waits for the step before.
             due = run.counts.next_is_scheduled(self.groups[0])
             if due or any(s.bucket.without_hessian and s.lacks_hessian() for s in self._moved):
@@ -160,14 +163,13 @@ class Step:
         except (RuntimeError, TypeError, ValueError):
             if self._moved or not flat.laid_out or flat.is_current():
                 raise
-        # A part of the model has moved to another device or dtype, and its state moves along.
-        flat.forget()
+        flat.forget()  # a part of the model has moved to another device or dtype, and its state moves along
         return act(flat.select(self.groups, run.states, run.counts.catch_up, with_averages))
-
-    # ---------------------------------------------------------------- the way back
 
     def finish(self, losses: Sequence[Tensor] = ()) -> None:
         """From the gradients of the last pass to the new weights: Hessian products, checks, and the update."""
+        if self.perturbed and not self._exact:
+            refuse_other_ascents(self._ascents, self.groups)
         accept_edited(self.run, self.groups, movable=not self._moved)
         selections = self._perturbed_and_back() if self._moved else self._with_current(self._at_w)
         if not selections or self._norm is None:
@@ -204,9 +206,9 @@ class Step:
     def _perturbed_and_back(self) -> list[Selection]:
         """The perturbed parameters that have a second gradient, with it."""
         if self.weights_were_written():
+            self._moved = self._moved if self._exact else []  # which no copy tells, so that they stay
             raise ValueError(
-                "the weights were written between perturb() and step(), which takes its step from w, as it was before "
-                "perturb(): load or change weights before perturb() or after step()"
+                "the weights were written between perturb() and step(): load or change them before or after these two"
             )
         states = self.run.states
         if states.edits.made and self.run.flat.is_replaced(states):
@@ -241,6 +243,8 @@ class Step:
         """w' -> w, after the products of a Hessian step; without second gradients, or their graph, the step is over."""
         if not self.perturbed:
             return
+        if not self._exact and self.weights_were_written():
+            return self.end()  # no copy tells w
         over = not with_gradients(self._moved) or (self.curvature is not None and not self.curvature.may_take())
         try:
             if not over:
@@ -250,8 +254,6 @@ class Step:
                 if self.perturbed:  # not where a handler has raised, and so has left w
                     self.put_back(self._moved)
                     self._versions = _versions_of(self._moved)
-                    for selection in self._moved:
-                        selection.norm = None  # w is in the parameters again
                 self.perturbed = False
             if over:
                 self.end()
@@ -268,7 +270,7 @@ class Step:
                 self.end()
 
     def weights_were_written(self) -> bool:
-        """Whether somebody has written into the weights since this step moved them, as in loading a model."""
+        """Whether somebody has written into the weights since this step moved them."""
         return self._versions != _versions_of(self._moved)
 
     def end(self) -> None:

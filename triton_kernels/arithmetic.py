@@ -6,6 +6,7 @@ Scalars are worked out in float64, once for a launch or a parameter. Compiled wi
 below is one IEEE rounding, and so is each explicit fused multiply-add.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -29,6 +30,9 @@ IDENTITY = tl.constexpr(1)
 GENERAL = tl.constexpr(2)
 CLIPPED = tl.constexpr(3)
 PLAIN = tl.constexpr(4)
+
+_LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
+_LARGEST_DOUBLE = tl.constexpr(torch.finfo(torch.float64).max)
 
 # The interpreter cuts off what bfloat16 has no room for; devices round.
 _TRUNCATES = tl.constexpr(INTERPRETED)
@@ -145,11 +149,17 @@ def second_average(settings, STATE: tl.constexpr):
 
 
 @triton.jit
+def square(x, STATE: tl.constexpr):
+    """x^2, or the largest number where that is beyond it: of infinity the average would be NaN."""
+    return tl.minimum(x * x, _LARGEST_DOUBLE if STATE == tl.float64 else _LARGEST_FLOAT)
+
+
+@triton.jit
 def averaged_hessian(exp_hessian, hessian, how, STATE: tl.constexpr):
     r""":math:`\beta_2 D + (1 - \beta_2) |H|`, or of :math:`H^2`, or of H; how: what second_average returns."""
     beta2, weight, squared, signed = how
     magnitude = tl.where(signed, hessian, tl.abs(hessian))
-    return average(exp_hessian, beta2, tl.where(squared, magnitude * magnitude, magnitude), weight, STATE)
+    return average(exp_hessian, beta2, tl.where(squared, square(magnitude, STATE), magnitude), weight, STATE)
 
 
 @triton.jit

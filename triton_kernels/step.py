@@ -16,6 +16,7 @@ from .arithmetic import (
     parts_of,
     root,
     second_average,
+    square,
     times_plus,
     unperturbed,
 )
@@ -124,7 +125,7 @@ def _second_average(
             store(D_at, begin, end, index, exp_hessian, STATE, VECTOR)
         elif SECOND == OF_GRADIENTS:
             beta2, weight, _, _ = how
-            exp_hessian = average(exp_hessian, beta2, g * g, weight, STATE)
+            exp_hessian = average(exp_hessian, beta2, square(g, STATE), weight, STATE)
             store(D_at, begin, end, index, exp_hessian, STATE, VECTOR)
     return exp_hessian
 

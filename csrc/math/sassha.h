@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "math/portable.h"
@@ -200,11 +201,17 @@ SASSHA_HOST_DEVICE float average(float mean, Parts<float> beta, float x, Parts<f
   return std::fma(beta.high, mean, std::fma(weight.high, x, rest));
 }
 
+// A square beyond T counts as this: of infinity the average would be NaN.
+template <class T>
+constexpr T kLargest = std::numeric_limits<T>::max();
+
 // D <- beta2 D + (1 - beta2) |H|, or H^2, or H
 template <class T>
 SASSHA_HOST_DEVICE T averaged_hessian(T exp_hessian, T hessian, const UpdateConstants<T>& c) {
   const T magnitude = c.is_signed != 0 ? hessian : std::fabs(hessian);
-  return average(exp_hessian, c.beta2, c.squares != 0 ? magnitude * magnitude : magnitude, c.hessian_weight);
+  const T square = magnitude * magnitude;
+  const T value = c.squares == 0 ? magnitude : square < kLargest<T> ? square : kLargest<T>;
+  return average(exp_hessian, c.beta2, value, c.hessian_weight);
 }
 
 // D / c2

@@ -40,7 +40,13 @@ class SophiaH(FusedOptimizer):
         ICLR 2024, arXiv 2305.14342.
     """
 
-    method = Method(ascent=None, second_average="signed", direction="clipped", bias_correction="none")
+    method = Method(
+        ascent=None,
+        second_average="signed",
+        direction="clipped",
+        bias_correction="none",
+        averages=("exp_avg", "exp_hessian_signed"),
+    )
 
     def __init__(
         self,

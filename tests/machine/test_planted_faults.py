@@ -317,13 +317,17 @@ FAULTS = {
     ),
     # The other members: math/sassha.h, perturb.cu, update.cu
     "what keeps its sign is squared": Fault(
-        "../math/sassha.h", "c.squares != 0 ? magnitude", "c.is_signed ? magnitude", (SOPHIA,), UPDATE_FILE
+        "../math/sassha.h", "c.squares == 0 ? magnitude", "c.is_signed == 0 ? magnitude", (SOPHIA,), UPDATE_FILE
     ),
     "squares are not taken": Fault(
-        "../math/sassha.h", "c.squares != 0 ? magnitude * magnitude : magnitude", "magnitude", (SQUARES,), UPDATE_FILE
+        "../math/sassha.h", "square = magnitude * magnitude", "square = magnitude", (SQUARES,), UPDATE_FILE
     ),
     "signs are lost": Fault(
-        "../math/sassha.h", "c.is_signed != 0 ? hessian : std::fabs(hessian)", "std::fabs(hessian)", (SOPHIA,), UPDATE_FILE
+        "../math/sassha.h",
+        "c.is_signed != 0 ? hessian : std::fabs(hessian)",
+        "std::fabs(hessian)",
+        (SOPHIA,),
+        UPDATE_FILE,
     ),
     "a clipped direction is not clipped": Fault(
         "../math/sassha.h", "quotient > 1 ? 1 : quotient < -1 ? -1 : quotient", "quotient", (SOPHIA,), UPDATE_FILE

@@ -184,7 +184,7 @@ FAULTS = {
         "arithmetic", "tl.where(exp_hessian > 0, exp_hessian, 0.0)", "exp_hessian", SOPHIA
     ),
     "the clip threshold is eps": Fault("settings", '_fields.index("clip_threshold")', '_fields.index("eps")', SOPHIA),
-    "gradients are averaged in place of their squares": Fault("step", "g * g, weight", "g, weight", ADAM),
+    "gradients are averaged in place of their squares": Fault("step", "square(g, STATE), weight", "g, weight", ADAM),
     "steps that average squares of gradients are not counted": Fault(
         "update", " or second == OF_GRADIENTS.value)", ")", ADAM
     ),

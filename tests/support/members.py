@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sassha_fused import SAMSGD, AdaHessian, MSassha, SAMAdamW, Sassha, SophiaH
 from sassha_fused.optimizer import FusedOptimizer
-from tests.support.problems import Problem
+from tests.support.problems import Problem, assert_same, weights
 
 Loss = Callable[[], Tensor]
 
@@ -93,3 +93,12 @@ def trained(member: str, count: int = 7, style: str = "closure", **options: Any)
     for _ in range(count):
         problem.step(style)
     return problem
+
+
+def assert_at_w(problem: OfMember, before: list[Tensor]) -> None:
+    """The weights are w again: bit for bit, or where they are worked out, to rounding."""
+    if problem.opt.defaults.get("exact_restore", True):
+        assert_same(weights(problem.params), before)
+    else:
+        for found, expected in zip(problem.params, before, strict=True):
+            torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-7)

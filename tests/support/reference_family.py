@@ -28,7 +28,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "AdaHessian": {**NO_RHO, "hessian_interval": 1, "hessian_power": 1.0},
     "SophiaH": {**NO_RHO, "lr": 6e-4, "betas": (0.96, 0.99), "eps": 1e-15, "weight_decay": 0.2, "clip_threshold": 0.01},
 }
-SECONDS = {"SAMAdamW": "exp_avg_sq", "AdaHessian": "exp_hessian_sq"}
+SECONDS = {"SAMAdamW": "exp_avg_sq", "AdaHessian": "exp_hessian_sq", "SophiaH": "exp_hessian_signed"}
 BY_GROUP = ("momentum", "dampening", "nesterov", "clip_threshold", "hessian_block")
 
 
