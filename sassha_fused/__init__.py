@@ -1,4 +1,4 @@
-"""Sassha, a sharpness-aware second-order optimizer for PyTorch, every pass over the parameters one fused kernel."""
+"""Sassha and its family: sharpness-aware and second-order optimizers, each pass over the parameters a fused kernel."""
 
 from .batch_norm import running_stats_once
 from .family import SAMSGD, AdaHessian, MSassha, SAMAdamW, Sassha, SophiaH

@@ -41,7 +41,7 @@ class Bucket:
         exp_avg, exp_hessian: m and D, in float64 for float64 parameters, else float32; no D where the method has none.
         block: how many elements share one of D, those of parameters of two or more dimensions.
         blocked: where in the flat state the parts of these end, which come first.
-        norm: 0-d, in float64, where perturb_ puts the norm of the first gradients.
+        norm: 0-d, in float64, where perturb_ puts the norm of what it goes along.
         counts: int64 ``[len(params), 2]``, the rows (step, hessian_step), on the device.
         rows, indices: of each parameter its row of the counts and the table, and the index of its first element.
         skipped: int64 ``[1]``, 1 where the last update skipped a non-finite step.

@@ -94,8 +94,8 @@ class FlatState:
             return
         if not movable:
             raise ValueError(
-                "bias_correction, or betas, eps, hessian_power, adaptive or maximize of some groups but not of others, "
-                "was edited between perturb() and step(): edit groups before perturb() or after step()"
+                "bias_correction or hessian_block, or anything but lr, weight_decay and rho of some groups but not of "
+                "others, was edited between perturb() and step(): edit groups before perturb() or after step()"
             )
         self.forget()
 

@@ -62,7 +62,7 @@ class _RecordedStep(Step):
 class GraphedStep:
     """Takes the steps of an optimizer by replaying CUDA graphs, after a few usual ones of each kind.
 
-    A step is a lazy one or a Hessian one, and each kind is a graph of its own, with both passes of the model and all
+    A step is a lazy one or a Hessian one, and each kind is a graph of its own, with the passes of the model and all
     that the optimizer does in it. The batch is read from tensors that stay where they are, the learning rate from a
     tensor on the device::
 

@@ -179,8 +179,8 @@ def update(
 
     Args:
         products: the Hessian estimates of each selection; none on a lazy step.
-        first_norm: the norm of the first pass's gradients.
-        perturbed: whether these gradients are those of a second pass, which nobody has looked at yet.
+        first_norm: that of what was perturbed along, or of the only pass's gradients.
+        perturbed: whether these gradients are those at w', which nobody has looked at yet.
         backed_up: whether w is in the backup; else it is in the parameters.
         losses: of every pass.
         updated: lists those whose update has run, also where that of a later one fails.

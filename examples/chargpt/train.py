@@ -47,7 +47,7 @@ class Learner:
         return cross_entropy(self.model(characters).flatten(0, 1), following.flatten())
 
     def step(self, batch: Batch) -> None:
-        """The same loop for every optimizer: each pass, that of Hessian products too, is clipped."""
+        """The same loop for every optimizer: the gradients of each pass are clipped, Hessian products are not."""
 
         def closure() -> Tensor:
             self.optimizer.zero_grad()
