@@ -31,7 +31,8 @@ def check_and_protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[
     method: Method = optimizer._run.flat.method  # type: ignore[attr-defined]
     saved = [dict(group) for group in state_dict["param_groups"]]
     for group, own in zip(saved, optimizer.param_groups, strict=False):
-        if group.get("amsgrad") or group.get("decoupled_weight_decay") is False:
+        other_adam = group.get("amsgrad") or group.get("decoupled_weight_decay") is False
+        if method.second_average == "gradient" and other_adam:
             raise ValueError("state_dict: that of an Adam with amsgrad or with coupled weight decay is not supported")
         for name in foreign_names(group, method):
             del group[name]

@@ -214,8 +214,9 @@ def update(
             run()
             updated.append(selection)
             increment_version(selection.params)
-            if backed_up and not perturbed:
-                vars(selection.bucket).pop("backup")  # memory that no next perturbation needs
+    if backed_up and not perturbed:
+        for selection in selections:
+            vars(selection.bucket).pop("backup")  # memory that no next perturbation needs
     forget_copies()
 
 

@@ -75,7 +75,7 @@ class Step:
         self._moved: list[Selection] = []
         self._versions: list[int] = []
         self._norm: Tensor | None = None
-        self._ascents = ascents_of(groups)
+        self._ascents = [] if self._exact else ascents_of(groups)
         run.step, run.given_up = self, None
 
     @classmethod

@@ -35,7 +35,7 @@ def calls_of(run: Callable[[], Any]) -> list[tuple[str, str]]:
     return calls
 
 
-def test_a_lazy_step_enters_another_file_of_the_package_thirteen_times_at_most() -> None:
+def test_a_lazy_step_enters_another_file_of_the_package_fourteen_times_at_most() -> None:
     params = [nn.Parameter(torch.ones(8)) for _ in range(20)]
     opt = Sassha(params, hessian_interval=100)
 
@@ -50,5 +50,5 @@ def test_a_lazy_step_enters_another_file_of_the_package_thirteen_times_at_most()
     loss().backward()
     calls += calls_of(opt.step)
     entered = [(caller, callee) for caller, callee in calls if caller and caller != callee]
-    assert len(entered) <= 13, entered
+    assert len(entered) <= 14, entered
     assert len(calls) <= 90  # none of them for each parameter
