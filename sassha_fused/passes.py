@@ -94,37 +94,19 @@ def put_back(selections: Sequence[Selection]) -> None:
     """w' -> w, bit for bit; to rounding, where there is no backup. Without either w is in the parameters."""
     for selection in selections:
         if selection.norm is not None:
-            _unperturb(selection, selection.norm)
+            _unperturb(selection)
             selection.norm = None  # w is in the parameters again
         elif pairs := _with_backups(selection):
             torch._foreach_copy_([param for param, _ in pairs], [backup for _, backup in pairs])
     forget_copies()
 
 
-def _unperturb(selection: Selection, norm: Tensor) -> None:
+def _unperturb(selection: Selection) -> None:
     """w' -> w, where no copy tells it: what update_ does in a step that is skipped, without more memory."""
     bucket = selection.bucket
-    not_finite, skipped = torch.full_like(norm, torch.nan), torch.zeros_like(bucket.skipped)
-    bucket.operators.update_(
-        selection.params,
-        selection.params,  # any gradients
-        (),
-        None,
-        None,
-        norm,
-        bucket.exp_avg,
-        bucket.exp_hessian,
-        bucket.counts,
-        skipped,
-        selection.offsets,
-        selection.rows,
-        selection.layouts,
-        bucket.blocked,
-        [not_finite],
-        False,
-        bucket.table.values,
-        bucket.settings,
-    )
+    not_finite, skipped = torch.full_like(bucket.norm, torch.nan), torch.zeros_like(bucket.skipped)
+    any_gradients = replace(selection, grads=selection.params)
+    _prepared_update(any_gradients, (), None, [not_finite], False, False, skipped)()
     increment_version(selection.params)
 
 
@@ -144,7 +126,7 @@ def swap_with_backup(selections: Sequence[Selection]) -> None:
     """Puts w in the parameters' place and w' in the backup's, or the other way round, unseen by autograd."""
     for selection in selections:
         if selection.norm is not None:
-            _swap_without_backup(selection, selection.norm)
+            _swap_without_backup(selection)
             continue
         for param, backup in _with_backups(selection):
             elsewhere = param.data.clone()
@@ -153,11 +135,11 @@ def swap_with_backup(selections: Sequence[Selection]) -> None:
     forget_copies()
 
 
-def _swap_without_backup(selection: Selection, norm: Tensor) -> None:
+def _swap_without_backup(selection: Selection) -> None:
     arrays = [param.data for param in selection.params]
     if selection.elsewhere is None:
         selection.elsewhere = [data.clone() for data in arrays]
-        _unperturb(replace(selection, params=arrays), norm)
+        _unperturb(replace(selection, params=arrays))
     else:
         for data, elsewhere in zip(arrays, selection.elsewhere, strict=True):
             data.copy_(elsewhere)
@@ -191,13 +173,12 @@ def update(
         guards.append(table.take_in_rates())
     # Of several buckets none may be written before all are known to be finite; of a single one, update_ finds out.
     guard_grads = perturbed and len(selections) == 1
-    if not guard_grads:
-        guards += [norm(selections)] if perturbed else []
-        guards += [s.bucket.operators.grad_norm(p, (), None, False) for s, p in zip(selections, products, strict=False)]
-    elif any(average is not None for average in averaged):
-        guards += [
-            s.bucket.operators.grad_norm([a], (), None, False) for s, a in zip(selections, averaged) if a is not None
-        ]
+    if perturbed and not guard_grads:
+        guards.append(norm(selections))
+    for selection, product, average in zip(selections, products, averaged, strict=False):
+        if average is not None or not guard_grads:
+            estimates = product if average is None else [average]
+            guards.append(selection.bucket.operators.grad_norm(estimates, (), None, False))
     with explaining_refusals(selections):
         updates = [
             _prepared_update(
@@ -207,6 +188,7 @@ def update(
                 guards,
                 guard_grads,
                 backed_up,
+                selection.bucket.skipped,
             )
             for i, selection in enumerate(selections)
         ]
@@ -239,6 +221,7 @@ def _prepared_update(
     guards: Sequence[Tensor],
     guard_grads: bool,
     backed_up: bool,
+    skipped: Tensor,
 ) -> Callable[[], None]:
     bucket = selection.bucket
     arguments = (
@@ -251,7 +234,7 @@ def _prepared_update(
         bucket.exp_avg,
         bucket.exp_hessian,
         bucket.counts,
-        bucket.skipped,
+        skipped,
         selection.offsets,
         selection.rows,
         selection.layouts,
