@@ -101,10 +101,12 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 def take_step(opt: FusedOptimizer, counts: Counter[str]) -> Launches:
     """Takes a step by phases, with gradients of whatever values; returns its launches."""
     counts.clear()
+    along_momentum = opt.param_groups[0].get("ascent") == "momentum"
     for phase in (opt.perturb, opt.step):
         for group in opt.param_groups:
             for param in group["params"]:
-                param.grad = torch.empty_like(param)
+                if phase == opt.step or not along_momentum:
+                    param.grad = torch.empty_like(param)
         phase()
     return dict(counts)
 
