@@ -31,7 +31,7 @@ class Traffic:
         copies: vectors of parameters that the body of a second loop writes, in place of the first.
         per_copy: of how many it works out one.
         narrow: bytes per element of streams that are read, and others written, one element at a time: state by blocks.
-        loops: how many go over all streams, each with as many vectors; one runs, or both where float32 was not enough.
+        again: of streams that a loop of its own reads once more, where a sum in float32 was not enough.
     """
 
     size: int
@@ -41,7 +41,7 @@ class Traffic:
     copies: int = 0
     per_copy: int = 1
     narrow: tuple[int, ...] = ()
-    loops: int = 1
+    again: tuple[int, ...] = ()
 
     @property
     def bytes_per_element(self) -> int:
@@ -55,16 +55,16 @@ class Traffic:
     @property
     def vector_loads(self) -> int:
         """How many 16-byte loads make up all of that; more than one per vector of a wider stream."""
-        return self.loops * self.elements * sum(self.reads) // VECTOR_BYTES + self.copies * self.per_copy
+        return self.elements * sum(self.reads + self.again) // VECTOR_BYTES + self.copies * self.per_copy
 
     @property
     def vector_stores(self) -> int:
-        return self.loops * self.elements * sum(self.writes) // VECTOR_BYTES + self.copies
+        return self.elements * sum(self.writes) // VECTOR_BYTES + self.copies
 
     def moved_per_element(self, vector_loads: int, vector_stores: int) -> float:
         """Bytes per element, if the machine code has this many 16-byte accesses."""
-        copied = self.copies * (self.per_copy + 1)
-        return VECTOR_BYTES * (vector_loads + vector_stores - copied) / (self.elements * self.loops)
+        others = self.copies * (self.per_copy + 1) + self.elements * sum(self.again) // VECTOR_BYTES
+        return VECTOR_BYTES * (vector_loads + vector_stores - others) / self.elements
 
 
 def state_size(size: int) -> int:
@@ -110,7 +110,7 @@ def streams(
         case "block_average_kernel":  # products; beside these by blocks
             return (size,), ()
         # Backup (or weights, where there is none), gradients, m, D, products on a Hessian step -> weights, m, D on one.
-        case "update_kernel":
+        case "update_kernel" | "update_and_squares_kernel":
             read, written = second is not None, second == "written" or bool(products)
             return (size, size, state, *(state,) * read, *products), (size, state, *(state,) * written)
     raise KeyError(f"{name} is unknown here: add what it must move")
@@ -143,8 +143,9 @@ def traffic(kernel: Kernel, quick_float64: bool = True) -> Traffic | None:
     chunk = p
     match name:
         case "squares_kernel":
-            loops = 1 if quick_float64 or arguments[0] == "double" else 2
-            return Traffic(p, *streams(name, p, lists=int(arguments[1])), vectors=min(chunk, 4), loops=loops)
+            reads, writes = streams(name, p, lists=int(arguments[1]))
+            again = () if quick_float64 or arguments[0] == "double" else reads
+            return Traffic(p, reads, writes, vectors=min(chunk, 4), again=again)
         case "inspect_kernel":  # one list at a time
             return Traffic(p, *streams(name, p), vectors=min(chunk, 4))
         case "perturb_kernel":
@@ -153,7 +154,8 @@ def traffic(kernel: Kernel, quick_float64: bool = True) -> Traffic | None:
             return Traffic(p, *streams(name, p), vectors=chunk)
         case "block_average_kernel":
             return Traffic(p, *streams(name, p), vectors=min(chunk, 4), narrow=(state,))
-        case "update_kernel":  # a skipped step writes the backup to the weights instead, or what it works out from m
+        # A skipped step writes the backup to the weights instead, or what it works out from m.
+        case "update_kernel" | "update_and_squares_kernel":
             products, kind = arguments[1:]
             plain, lazy = kind == "kPlain", products == "void"
             second = None if plain else "read" if lazy else "written"
@@ -177,5 +179,8 @@ def kernels() -> set[Kernel]:
         found |= {("squares_kernel", dtype, lists) for lists in ("1", "2")}
         found |= {("perturb_kernel", dtype, *rest) for rest in ((dtype, "false"), (dtype, "true"), (state, "false"))}
         found |= {("update_kernel", dtype, *rest) for rest in itertools.product(("void", dtype, state), KINDS[:-1])}
-        found |= {("update_kernel", dtype, "OfGradients", "kSquareRoot"), ("update_kernel", dtype, "void", "kPlain")}
+        lazy = {("OfGradients", "kSquareRoot"), ("void", "kPlain")}
+        found |= {("update_kernel", dtype, *rest) for rest in lazy}
+        lazy |= {("void", kind) for kind in KINDS if kind != "kClipped"}
+        found |= {("update_and_squares_kernel", dtype, *rest) for rest in lazy}
     return found

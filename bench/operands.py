@@ -89,7 +89,7 @@ class Operands:
         """By the gradients, or by others; guard: what must be finite besides, the norm unless it is given."""
         b = self.bucket
         products = self.products if hessian else []
-        state = (b.exp_avg, b.exp_hessian, b.counts, b.skipped, b.offsets, b.rows, b.layouts, b.blocked)
+        state = (b.exp_avg, b.exp_hessian, None, b.counts, b.skipped, b.offsets, b.rows, b.layouts, b.blocked)
         state = (None, b.backup, None, *state)
         guards, numbers = [self.norm if guard is None else guard], (b.table.values, b.settings)
         self.operators.update_(self.params, grads or self.grads, products, *state, guards, check, *numbers)

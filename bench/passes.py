@@ -56,6 +56,7 @@ def passes(dtype: str) -> dict[str, list[tuple[str, ...]]]:
     norm, weighted = ("squares_kernel", dtype, "1"), ("squares_kernel", dtype, "2")
     check, perturb = ("inspect_kernel", dtype), ("perturb_kernel", dtype, dtype, "false")
     lazy, hessian = (("update_kernel", dtype, products, "kSquareRoot") for products in ("void", dtype))
+    with_norm = ("update_and_squares_kernel", dtype, "void", "kSquareRoot")
     signs = ("rademacher_kernel", dtype)
     return {
         "grad_norm": [norm],
@@ -70,15 +71,19 @@ def passes(dtype: str) -> dict[str, list[tuple[str, ...]]]:
         "update_, Hessian, its checks included": [check, check, hessian],
         "update_, squares of gradients": [("update_kernel", dtype, "OfGradients", "kSquareRoot")],
         "update_, plain": [("update_kernel", dtype, "void", "kPlain")],
+        "update_, lazy, the norm of m with it": [with_norm],
         "block_average_, beside the blocks": [("block_average_kernel", dtype)],
         "lazy step": [norm, perturb, check, lazy],
+        "lazy step along m": [perturb, check, with_norm],
         "Hessian step": [norm, perturb, signs, check, check, hessian],
     }
 
 
 def lazy_step(dtype: str) -> dict[str, Kernel]:
-    """The kernels of a lazy step, by what they do."""
-    return dict(zip(("grad_norm", "perturb_", "check", "update_, lazy"), passes(dtype)["lazy step"], strict=True))
+    """The kernels of lazy steps, by what they do."""
+    names = ("grad_norm", "perturb_", "check", "update_, lazy")
+    (with_norm,) = passes(dtype)["update_, lazy, the norm of m with it"]
+    return {**dict(zip(names, passes(dtype)["lazy step"], strict=True)), "with the norm": with_norm}
 
 
 def _traffic(kernels: list[tuple[str, ...]]) -> list[Traffic]:

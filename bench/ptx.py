@@ -31,7 +31,7 @@ from pathlib import Path
 
 from bench.bytes import VECTOR_BYTES, Traffic, streams
 from bench.sass import NO_TOOL, WIDTHS, MachineCode, find_cuobjdump, functions
-from bench.triton_code import BYTES, KINDS, SECONDS, TARGETS, Compiled, Variant, is_nvidia, second_of
+from bench.triton_code import BYTES, KINDS, SECONDS, SUMS, TARGETS, Compiled, Variant, is_nvidia, second_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "triton"
@@ -90,6 +90,9 @@ def traffic(compiled: Compiled) -> Traffic | None:
         second={"read": "read", "of products": "written", "of gradients": "written"}.get(second),
     )
     update = variant.kernel == "update_kernel"
+    again = () if constants.get("QUICK_FLOAT64", True) else reads
+    if SUMS[constants.get("SUMS", 0)] == "norm in float32":
+        again = (BYTES[constants["STATE"]],)  # m
     return Traffic(
         size,
         reads,
@@ -98,7 +101,7 @@ def traffic(compiled: Compiled) -> Traffic | None:
         # A skipped step copies the backup to the weights instead, or works these out from themselves and m.
         copies=vectors if update else 0,
         per_copy=2 if update and constants["STATE"] == constants["DTYPE"] else 1,
-        loops=1 if constants.get("QUICK_FLOAT64", True) else 2,
+        again=again,
     )
 
 
@@ -112,6 +115,8 @@ def shown(variant: Variant) -> str:
             words.append(KINDS[value])
         elif name == "SECOND" and SECONDS[value] in ("of gradients", "by blocks"):
             words.append(SECONDS[value])
+        elif name == "SUMS" and value:
+            words.append(SUMS[value])
         elif name == "ALONG" and value != variant.constants["DTYPE"]:
             words.append(f"along {value}")
         elif name == "PRODUCT" and value is not None:

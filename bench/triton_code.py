@@ -30,9 +30,11 @@ INDEX = "index.json"
 # By Triton's names; with the dtypes that the state of parameters has, and that of products.
 STATES = {"fp64": "fp64", "fp32": "fp32", "bf16": "fp32", "fp16": "fp32"}
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
-# What the constants KIND (triton_kernels/arithmetic.py) and SECOND (triton_kernels/step.py) of update_kernel mean.
+# What the constants KIND (triton_kernels/arithmetic.py), SECOND (triton_kernels/step.py) and SUMS
+# (triton_kernels/running_squares.py) of update_kernel mean.
 KINDS = {0: "square root", 1: "identity", 2: "general", 3: "clipped", 4: "plain"}
 SECONDS = {0: "read", 1: "of products", 2: "of gradients", 3: "by blocks"}
+SUMS = {0: "no norm", 1: "norm in float64", 2: "norm in float32"}
 
 _CODES = ("ptx", "cubin", "amdgcn", "hsaco")
 
@@ -122,10 +124,12 @@ def _every_variant(warp_size: int) -> Iterator[Variant]:
             constants = {"PRODUCT": product, "DTYPE": dtype, "STATE": state, "UNITS": units(1)}
             yield Variant("inspect_kernel", constants, registers_for(dtypes[dtype]))
         for kind, second, product in steps(products):
-            constants = {"KIND": kind, "SECOND": second, "PRODUCT": product, "DTYPE": dtype, "STATE": state}
-            constants["UNITS"] = units(5)
-            registers = registers_for(dtypes[dtype], state=True, general_power=KINDS[kind] == "general")
-            yield Variant("update_kernel", constants, registers)
+            general = KINDS[kind] == "general"
+            for sums in ways_of_norm(kind, product, ways):
+                registers = registers_for(dtypes[dtype], state=True, general_power=general, squares=sums > 0)
+                constants = {"KIND": kind, "SECOND": second, "SUMS": sums, "PRODUCT": product}
+                constants |= {"DTYPE": dtype, "STATE": state, "UNITS": units(5)}
+                yield Variant("update_kernel", constants, registers)
 
 
 def second_of(variant: Variant) -> str:
@@ -146,6 +150,13 @@ def steps(products: Sequence[str]) -> Iterator[tuple[int, int, str | None]]:
             yield kind, 3, None
         if name != "plain":
             yield from ((kind, 1, product) for product in products)
+
+
+def ways_of_norm(kind: int, product: str | None, quick: Sequence[bool]) -> list[int]:
+    """SUMS of such a step: none, and of those that come before a perturbation along m what a chip may be quick at."""
+    if product is not None or KINDS[kind] == "clipped":
+        return [0]
+    return [0, *(1 if in_float64 else 2 for in_float64 in quick)]
 
 
 def compile_variant(variant: Variant, target: str, folder: Path) -> Compiled:

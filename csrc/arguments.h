@@ -137,9 +137,10 @@ inline void check_block_average(const TensorList& products, const Tensor& exp_he
 inline void check_update(const TensorList& params, const TensorList& grads, const TensorList& products,
                          const std::optional<Tensor>& averaged, const std::optional<Tensor>& backup,
                          const std::optional<Tensor>& norm, const Tensor& exp_avg,
-                         const std::optional<Tensor>& exp_hessian, const Tensor& steps, const Tensor& skipped,
-                         const std::vector<int64_t>& offsets, const std::vector<int64_t>& rows, int64_t blocked,
-                         const Tensor& per_row, const Settings& settings) {
+                         const std::optional<Tensor>& exp_hessian, const std::optional<Tensor>& exp_avg_norm,
+                         const Tensor& steps, const Tensor& skipped, const std::vector<int64_t>& offsets,
+                         const std::vector<int64_t>& rows, int64_t blocked, const Tensor& per_row,
+                         const Settings& settings) {
   params.check_parts(offsets, exp_avg);
   check_rows(rows, params, per_row);
   STD_TORCH_CHECK(!backup || backup->numel() == exp_avg.numel(), "backup and exp_avg differ in length");
@@ -163,6 +164,14 @@ inline void check_update(const TensorList& params, const TensorList& grads, cons
     STD_TORCH_CHECK(!backup && settings.adaptive == 0, "norm goes neither with backup nor with adaptive");
     check_dtype(*norm, ScalarType::Double, "norm");
     check_scalar(*norm, "norm");
+  }
+  if (exp_avg_norm) {
+    STD_TORCH_CHECK(products.empty(), "exp_avg_norm does not go with products");
+    STD_TORCH_CHECK(!is(settings.direction, Direction::kClipped), "exp_avg_norm does not go with a clipped direction");
+    STD_TORCH_CHECK(plain || settings.hessian_power == 0.5 || !is(settings.second_average, SecondAverage::kGradient),
+                    "exp_avg_norm goes with squares of gradients at the power 0.5 alone");
+    check_dtype(*exp_avg_norm, ScalarType::Double, "exp_avg_norm");
+    check_scalar(*exp_avg_norm, "exp_avg_norm");
   }
   check_dtype(steps, ScalarType::Long, "steps");
   check_contiguous(steps, "steps");

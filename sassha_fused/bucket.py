@@ -41,7 +41,9 @@ class Bucket:
         exp_avg, exp_hessian: m and D, in float64 for float64 parameters, else float32; no D where the method has none.
         block: how many elements share one of D, those of parameters of two or more dimensions.
         blocked: where in the flat state the parts of these end, which come first.
-        norm: 0-d, in float64, where perturb_ puts the norm of what it goes along.
+        norm: 0-d, in float64, where perturb_ puts the norm of what it goes along, and update_ that of exp_avg.
+        norm_is_of: where norm is that of exp_avg, the rows that were in it, and how often torch saw that written to.
+        handed_out: whether others may write to exp_avg unseen: who has had opt.state, or a graph that is replayed.
         counts: int64 ``[len(params), 2]``, the rows (step, hessian_step), on the device.
         rows, indices: of each parameter its row of the counts and the table, and the index of its first element.
         skipped: int64 ``[1]``, 1 where the last update skipped a non-finite step.
@@ -68,6 +70,8 @@ class Bucket:
         if method.second_average is not None:
             self.exp_hessian = self.exp_avg.new_zeros(block_index(total, self.block, self.blocked))
         self.norm = torch.zeros((), dtype=wide_dtype(first.device), device=first.device)
+        self.handed_out = False
+        self.norm_is_of: tuple[Sequence[int], int] | None = None
         self.counts = torch.zeros((len(members), 2), dtype=torch.int64, device=first.device)
         self.skipped = torch.zeros(1, dtype=torch.int64, device=first.device)
         self.evaluation = torch.zeros((), dtype=torch.int64, device=first.device)
@@ -101,6 +105,15 @@ class Bucket:
         self.settings = settings
         self.table.write()
         return True
+
+    def note_norm_of(self, rows: Sequence[int]) -> None:
+        """Notes that norm is that of these rows of exp_avg as they are now."""
+        self.norm_is_of = (rows, self.exp_avg._version)
+
+    def knows_norm_of(self, rows: Sequence[int]) -> bool:
+        """Whether norm is what a step along these rows of exp_avg needs, to which nobody can have written since."""
+        plain = not self.settings.adaptive and not self.handed_out
+        return plain and self.norm_is_of == (rows, self.exp_avg._version)
 
     def state_of(self, row: int) -> dict[str, Tensor]:
         """One parameter's state, as views of the buffers."""

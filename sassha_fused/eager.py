@@ -32,12 +32,25 @@ def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor], layouts: Tensor
         check_layouts(params, layouts)
     wide = wide_dtype(grads[0].device)
     terms = [g.to(wide) * w.to(wide) for g, w in zip(grads, params, strict=True)] if adaptive else grads
-    if wide == torch.float64:
+    return _norm([piece for term in terms for (piece,) in _pieces(term)])
+
+
+def _norm(terms: Sequence[Tensor]) -> Tensor:
+    if wide_dtype(terms[0].device) == torch.float64:
         return torch.stack([term.double().square().sum() for term in terms]).sum().sqrt()
     # Squares of float32 numbers are not all float32 numbers: those over the largest are where it matters.
-    largest = torch.stack([term.float().abs().amax() for term in terms if term.numel()] or [grads[0].new_zeros(())])
+    largest = torch.stack([term.float().abs().amax() for term in terms if term.numel()] or [terms[0].new_zeros(())])
     scale = torch.where(largest.amax() > 0, largest.amax(), 1.0)
     return torch.stack([(term.float() / scale).square().sum() for term in terms]).sum().sqrt() * scale
+
+
+def _pieces(*tensors: Tensor) -> Iterable[Sequence[Tensor]]:
+    """On a CPU stretches of rows whose temporaries stay in the caches; elsewhere launches are what counts."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.numel() <= _PIECE:
+        return [tensors]
+    rows = max(1, _PIECE * len(first) // first.numel())
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 def perturb_(
@@ -129,15 +142,6 @@ def hutchinson_(
         part.copy_(total / samples if sample == samples - 1 else total)
 
 
-def _pieces(*tensors: Tensor) -> Iterable[Sequence[Tensor]]:
-    """On a CPU stretches of rows whose temporaries stay in the caches; elsewhere launches are what counts."""
-    first = tensors[0]
-    if first.device.type != "cpu" or first.numel() <= _PIECE:
-        return [tensors]
-    rows = max(1, _PIECE * len(first) // first.numel())
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
-
-
 def block_average_(
     products: Sequence[Tensor],
     exp_hessian: Tensor,
@@ -173,6 +177,7 @@ def update_(
     norm: Tensor | None,
     exp_avg: Tensor,
     exp_hessian: Tensor | None,
+    exp_avg_norm: Tensor | None,
     steps: Tensor,
     skipped: Tensor,
     offsets: Sequence[int],
@@ -188,7 +193,8 @@ def update_(
 
     With norm, that of perturb_ along exp_avg, :math:`w` is what params were before it. If guard_grads, all elements of
     grads and products are guards too. D changes only where products are given, or averaged, which is what
-    block_average_ has made of them; or, where it averages the squares of gradients, in every step.
+    block_average_ has made of them; or, where it averages the squares of gradients, in every step. exp_avg_norm, if
+    any, becomes the norm of :math:`m` over these parameters, as grad_norm has it.
 
     .. math::
         D \leftarrow \beta_2 D + (1 - \beta_2) |H|, \quad
@@ -209,6 +215,7 @@ def update_(
         skipped.copy_(~finite)
         return
     changes: list[tuple[Tensor, Tensor]] = [(skipped, ~finite)]
+    new_averages: list[Tensor] = []
     counts, own = (torch.stack([table[row] for row in rows]) for table in (steps, per_row))
     step, hessian_step = counts.unbind(1)
     step = step + 1
@@ -236,7 +243,10 @@ def update_(
             new, new_average = updated(weight, gradient, average, new_hessian, row, shared)
             changes.append((target, torch.where(finite, new.to(w.dtype), old)))
             changes.append((average, torch.where(finite, new_average, average)))
+            new_averages.append(new_average)
         changes.append((steps[rows[i]], torch.where(finite, torch.stack([step[i], hessian_step[i]]), counts[i])))
+    if exp_avg_norm is not None:
+        changes.append((exp_avg_norm, torch.where(finite, _norm(new_averages), exp_avg_norm)))
     # Nothing is written before all is worked out: memory may run out above, not below.
     for target, value in changes:
         target.copy_(value)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
@@ -126,6 +127,20 @@ class FlatState:
             for row, param in enumerate(bucket.params)
             for name, view in bucket.state_of(row).items()
         )
+
+    def hand_out(self) -> None:
+        """Somebody else has the state in hand, and may write to it in ways that torch does not count."""
+        for bucket in self.buckets:
+            bucket.handed_out = True
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """For a copy of the state, which goes on from here by the same bits: from what both of them can measure."""
+        before = [(bucket, bucket.handed_out) for bucket in self.buckets]
+        yield
+        for bucket, handed_out in before:
+            bucket.handed_out = handed_out
+            bucket.norm_is_of = None
 
     def lacks_hessian(self, params: Iterable[Tensor]) -> bool:
         """Whether one of these has never had a Hessian."""

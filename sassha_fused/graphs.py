@@ -119,8 +119,9 @@ class GraphedStep:
         optimizer.restore()
         # Where state or parameters have changed, as in load_state_dict or add_param_group, the graphs point at memory
         # that is no longer theirs.
-        outdated = run.flat.is_outdated(optimizer.param_groups, optimizer.state) or not run.flat.is_current()
+        outdated = run.flat.is_outdated(optimizer.param_groups, run.states) or not run.flat.is_current()
         buckets = [] if outdated else run.flat.buckets
+        run.flat.hand_out()  # to the graphs
         if [*map(id, self._of)] != [*map(id, buckets)]:
             self._forget()
             self._of = list(buckets)

@@ -174,7 +174,7 @@ class FusedOptimizer(Optimizer):
             return run.step.finish()
         run.raise_given_up()
         grads = grads_of(of_groups(self.param_groups))
-        if checkpoint.initialises_state(self.param_groups, self.state, grads):
+        if checkpoint.initialises_state(self.param_groups, run.states, grads):
             run.lay_out_anew(self.param_groups)
             return
         if grads and not is_single(self.param_groups):
@@ -208,6 +208,7 @@ class FusedOptimizer(Optimizer):
     @property
     def state(self) -> States:
         """For each parameter its state by name, as views of flat buffers. A dict that is put here is copied."""
+        self._run.flat.hand_out()
         return self._run.states
 
     @state.setter
@@ -241,7 +242,8 @@ class FusedOptimizer(Optimizer):
         # Registered first, so that the user's hooks see what torch.load reads with weights_only.
         handle = self.register_state_dict_post_hook(checkpoint.with_plain_states, prepend=True)
         try:
-            return super().state_dict()
+            with self._run.flat.lent():
+                return super().state_dict()
         finally:
             handle.remove()
 
@@ -276,7 +278,8 @@ class FusedOptimizer(Optimizer):
         self._leave_step("a copy of the optimizer")
         checkpoint.publish_counts(self.param_groups, self._run.counts)
         flat = self._run.flat
-        states = defaultdict(dict, flat.written_out(self.state, lambda param: param))
+        with flat.lent():
+            states = defaultdict(dict, flat.written_out(self._run.states, lambda param: param))
         return {**super().__getstate__(), "state": states, "_flat_state": (flat.backend, flat.method, self._run.hvp)}
 
     @torch.no_grad()
@@ -287,10 +290,10 @@ class FusedOptimizer(Optimizer):
             self._run = Run(FlatState(backend, method), hvp)
         self.state = state.pop("state", self.state)
         super().__setstate__(state)
-        checkpoint.take_in_saved(self.state, self.param_groups, self.defaults)
         run = self._run
+        checkpoint.take_in_saved(run.states, self.param_groups, self.defaults)
         if run.step is not None:
             run.step.end()
-        run.counts.set(*checkpoint.counts_of(self.param_groups, self.state))
-        checkpoint.publish_counts(self.param_groups, self._run.counts)
+        run.counts.set(*checkpoint.counts_of(self.param_groups, run.states))
+        checkpoint.publish_counts(self.param_groups, run.counts)
         run.lay_out_anew(self.param_groups)

@@ -28,13 +28,14 @@ def norm(selections: Sequence[Selection]) -> Tensor:
 
 
 def _norm_of_averages(selections: Sequence[Selection]) -> Tensor:
-    """The same of exp_avg, which has the dtype of the state."""
-    norms = []
+    """The same of exp_avg, which has the dtype of the state; measured where the last update has not left it."""
     for s in selections:
         s.check_current()
-        place = (s.params, s.layouts, True) if s.bucket.settings.adaptive else ((), None, False)
-        norms.append(s.bucket.operators.grad_norm(s.grads, *place))
-    return _together(norms)
+        if not s.bucket.knows_norm_of(s.rows):
+            s.bucket.norm_is_of = None
+            place = (s.params, s.layouts, True) if s.bucket.settings.adaptive else ((), None, False)
+            s.bucket.norm.copy_(s.bucket.operators.grad_norm(s.grads, *place))
+    return _together([s.bucket.norm for s in selections])
 
 
 def _together(norms: Sequence[Tensor]) -> Tensor:
@@ -53,13 +54,18 @@ def perturb(
         exact: whether w goes into the backup; else it is worked out from w' and exp_avg.
     """
     # perturb_ takes the norm of a single bucket itself; of several, it is taken before any of them is written.
-    measure = len(selections) == 1
+    single = selections[0] if len(selections) == 1 else None
+    measure = single is not None and not (along_averages and single.bucket.knows_norm_of(single.rows))
     total_of = _norm_of_averages if along_averages else norm
-    total = selections[0].bucket.norm if measure else total_of(selections)
+    total = single.bucket.norm if single is not None else total_of(selections)
     with explaining_refusals(selections, of_gradients=not along_averages):
         for selection in selections:
-            of_bucket = _on(selection.bucket.device, total)
+            bucket, of_bucket = selection.bucket, _on(selection.bucket.device, total)
+            if measure:
+                bucket.norm_is_of = None
             _perturb(selection, of_bucket, measure, exact)
+            if along_averages and not bucket.settings.adaptive:
+                bucket.note_norm_of(selection.rows)
             selection.norm = None if exact else of_bucket
             moved.append(selection)
             increment_version(selection.params)
@@ -106,7 +112,7 @@ def _unperturb(selection: Selection) -> None:
     bucket = selection.bucket
     not_finite, skipped = torch.full_like(bucket.norm, torch.nan), torch.zeros_like(bucket.skipped)
     any_gradients = replace(selection, grads=selection.params)
-    _prepared_update(any_gradients, (), None, [not_finite], False, False, skipped)()
+    _prepared_update(any_gradients, (), None, None, [not_finite], False, False, skipped)()
     increment_version(selection.params)
 
 
@@ -180,20 +186,21 @@ def update(
             estimates = product if average is None else [average]
             guards.append(selection.bucket.operators.grad_norm(estimates, (), None, False))
     with explaining_refusals(selections):
-        updates = [
-            _prepared_update(
-                selection,
-                products[i] if products and averaged[i] is None else (),
-                averaged[i] if products else None,
-                guards,
-                guard_grads,
-                backed_up,
-                selection.bucket.skipped,
-            )
-            for i, selection in enumerate(selections)
-        ]
-        for selection, run in zip(selections, updates, strict=True):
+        updates = []
+        for i, selection in enumerate(selections):
+            bucket = selection.bucket
+            summed = products[i] if products and averaged[i] is None else ()
+            average = averaged[i] if products else None
+            # Where exp_avg's norm is known of the same parameters it stays so, also if the device skips this step.
+            known = bucket.norm_is_of is not None and bucket.knows_norm_of(selection.rows)
+            norm_of_next = bucket.norm if known and not summed else None
+            flags = (guard_grads, backed_up, bucket.skipped)
+            updates.append((norm_of_next, _prepared_update(selection, summed, average, norm_of_next, guards, *flags)))
+        for selection, (norm_of_next, run) in zip(selections, updates, strict=True):
+            selection.bucket.norm_is_of = None
             run()
+            if norm_of_next is not None:
+                selection.bucket.note_norm_of(selection.rows)
             updated.append(selection)
             increment_version(selection.params)
     if backed_up and not perturbed:
@@ -218,6 +225,7 @@ def _prepared_update(
     selection: Selection,
     products: Sequence[Tensor],
     averaged: Tensor | None,
+    exp_avg_norm: Tensor | None,
     guards: Sequence[Tensor],
     guard_grads: bool,
     backed_up: bool,
@@ -233,6 +241,7 @@ def _prepared_update(
         selection.norm,
         bucket.exp_avg,
         bucket.exp_hessian,
+        exp_avg_norm,
         bucket.counts,
         skipped,
         selection.offsets,

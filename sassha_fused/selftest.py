@@ -155,6 +155,7 @@ def _update(hessian: bool, spoilt: bool = False) -> Callable[[_Case, Operators],
             None,
             bucket.exp_avg,
             bucket.exp_hessian,
+            None,
             bucket.counts,
             bucket.skipped,
             bucket.offsets,
@@ -172,18 +173,19 @@ def _update(hessian: bool, spoilt: bool = False) -> Callable[[_Case, Operators],
 
 
 def _along_average(case: _Case, backend: Operators) -> list[Tensor]:
-    """To w' along exp_avg and, by a step, from there."""
+    """To w' along exp_avg and, by a step that has the norm of the next one, from there."""
     bucket, norm = case.bucket, torch.zeros((), dtype=torch.float64, device=case.bucket.device)
     place, numbers = (bucket.offsets, bucket.rows, bucket.layouts), (bucket.table.values, bucket.settings)
     # Of narrow parameters w cannot be worked out.
     known, backup = (norm, None) if bucket.exp_avg.dtype == bucket.dtype else (None, bucket.backup)
     backend.perturb_(bucket.params, bucket.averages, backup, *place, norm, True, *numbers)
     moved = [param.clone() for param in bucket.params]
-    state = (bucket.exp_avg, bucket.exp_hessian, bucket.counts, bucket.skipped)
+    next_norm = torch.zeros_like(norm)
+    state = (bucket.exp_avg, bucket.exp_hessian, next_norm, bucket.counts, bucket.skipped)
     backend.update_(
         bucket.params, case.grads, [], None, backup, known, *state, *place, bucket.blocked, [norm], True, *numbers
     )
-    return [*moved, norm, *case.state()]
+    return [*moved, norm, next_norm.to(bucket.exp_avg.dtype), *case.state()]
 
 
 def _by_blocks(case: _Case, backend: Operators) -> list[Tensor]:
@@ -191,7 +193,7 @@ def _by_blocks(case: _Case, backend: Operators) -> list[Tensor]:
     bucket, hessian = case.bucket, cast(Tensor, case.bucket.exp_hessian)
     averaged, guard = hessian.clone(), torch.ones((), dtype=torch.float64, device=bucket.device)
     backend.block_average_(case.products, hessian, averaged, bucket.offsets, bucket.blocked, bucket.settings)
-    state = (bucket.exp_avg, hessian, bucket.counts, bucket.skipped)
+    state = (bucket.exp_avg, hessian, None, bucket.counts, bucket.skipped)
     place, numbers = (bucket.offsets, bucket.rows, bucket.layouts), (bucket.table.values, bucket.settings)
     backend.update_(
         bucket.params, case.grads, [], averaged, None, None, *state, *place, bucket.blocked, [guard], True, *numbers

@@ -190,6 +190,7 @@ def check_update(
     norm: Tensor | None,
     exp_avg: Tensor,
     exp_hessian: Tensor | None,
+    exp_avg_norm: Tensor | None,
     steps: Tensor,
     skipped: Tensor,
     offsets: Sequence[int],
@@ -221,6 +222,13 @@ def check_update(
         check_scalar("norm", norm, torch.float64, device)
         if backup is not None or settings.adaptive or (params and dtype != state):
             raise ValueError("norm goes neither with backup nor with adaptive, and needs params of exp_avg's dtype")
+    if exp_avg_norm is not None:
+        check_scalar("exp_avg_norm", exp_avg_norm, torch.float64, device)
+        if products or DIRECTIONS[int(settings.direction)] == "clipped":
+            raise ValueError("exp_avg_norm goes neither with products nor with a clipped direction")
+        of_gradients = SECOND_AVERAGES[int(settings.second_average)] == "gradient"
+        if of_gradients and exp_hessian is not None and settings.hessian_power != 0.5:
+            raise ValueError("exp_avg_norm goes with squares of gradients at the power 0.5 alone")
     check_tensor("steps", steps, torch.int64, device)
     if steps.dim() != 2 or steps.shape[1] != 2:
         raise ValueError(f"steps must have the rows (step, hessian_step), got shape {tuple(steps.shape)}")

@@ -43,13 +43,16 @@ def tile_units(dtype: torch.dtype, streams: int, warp_size: int) -> int:
     return WARPS * warp_size * (VECTOR_BYTES // dtype.itemsize) * (2 if streams == 1 else 1) // UNIT
 
 
-def registers_for(dtype: torch.dtype, *, state: bool = False, general_power: bool = False) -> int:
+def registers_for(
+    dtype: torch.dtype, *, state: bool = False, general_power: bool = False, squares: bool = False
+) -> int:
     """The registers of a thread: 64, and 32 more for a logarithm and an exponential.
 
-    Where a vector holds eight elements 16 more, and with state, which fills two vectors of its own, another 16.
+    Where a vector holds eight elements 16 more, and with state, which fills two vectors of its own, another 16. For
+    the sums of squares on the way 16 for every four elements.
     """
     eight = dtype.itemsize == 2
-    return 64 + 16 * eight + 16 * (eight and state) + 32 * general_power
+    return 64 + 16 * eight + 16 * (eight and state) + 32 * general_power + 16 * squares * (1 + eight)
 
 
 def options_for(registers: int, nvidia: bool) -> dict[str, Any]:

@@ -20,16 +20,18 @@ _SMALLEST = tl.constexpr(2.0**-64)
 
 
 @triton.jit
-def _elements(table, count, tile, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, UNITS: tl.constexpr):
-    """The gradients of a tile and, if WEIGHTED, its weights; else the gradients once more."""
+def _elements(
+    table, count, tile, STREAM: tl.constexpr, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, UNITS: tl.constexpr
+):
+    """A tile of a stream and, if WEIGHTED, of the weights behind it; else of the stream once more."""
     VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     index = tl.arange(0, UNITS * UNIT)
     entry = entry_of(table, count, tile)
     before, begin, end = place_of(table, count, entry, tile, UNITS)
-    g_at = stream(table, count, entry, before, 0, DTYPE)
+    g_at = stream(table, count, entry, before, STREAM, DTYPE)
     w_at = g_at
     if WEIGHTED:
-        w_at = stream(table, count, entry, before, 1, DTYPE)
+        w_at = stream(table, count, entry, before, STREAM + 1, DTYPE)
     if in_vectors(g_at | w_at, begin, end, VECTOR):
         g = load(g_at, begin, end, index, DTYPE, VECTOR)
         w = load(w_at, begin, end, index, DTYPE, VECTOR) if WEIGHTED else g
@@ -40,16 +42,26 @@ def _elements(table, count, tile, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, U
 
 
 @triton.jit
-def _share_in_float64(table, count, tiles, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, UNITS: tl.constexpr):
+def share_in_float64(
+    table, count, tiles, STREAM: tl.constexpr, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, UNITS: tl.constexpr
+):
     """The sum of squares of a program's tiles."""
     sums = tl.zeros((UNITS * UNIT,), tl.float64)
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
-        g, w = _elements(table, count, tile, WEIGHTED, DTYPE, UNITS)
+        g, w = _elements(table, count, tile, STREAM, WEIGHTED, DTYPE, UNITS)
         x = g.to(tl.float64)
         if WEIGHTED:
             x *= w.to(tl.float64)
         sums += x * x
     return tl.sum(sums, axis=0)
+
+
+@triton.jit
+def share_of(high, middle, low, nonzero):
+    """The sum of what a program has summed in float32, and whether it can be relied on."""
+    sum = tl.sum(value(high, middle, low), axis=0)
+    # NaN is not.
+    return sum, (sum >= _SMALLEST) | (tl.max(nonzero.to(tl.int32), axis=0) == 0)
 
 
 @triton.jit
@@ -61,7 +73,7 @@ def _share_in_float32(table, count, tiles, WEIGHTED: tl.constexpr, DTYPE: tl.con
     nonzero = tl.zeros((UNITS * UNIT,), tl.int1)
     step = 0
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
-        g, w = _elements(table, count, tile, WEIGHTED, DTYPE, UNITS)
+        g, w = _elements(table, count, tile, 0, WEIGHTED, DTYPE, UNITS)
         nonzero |= g != 0
         x, y = g.to(tl.float32), w.to(tl.float32)
         if DIGITS > 24:
@@ -73,9 +85,7 @@ def _share_in_float32(table, count, tiles, WEIGHTED: tl.constexpr, DTYPE: tl.con
         step += 1
         if step % SQUARES == 0:
             high, middle, low = normalized(high, middle, low)
-    sum = tl.sum(value(high, middle, low), axis=0)
-    # NaN is not.
-    return sum, (sum >= _SMALLEST) | (tl.max(nonzero.to(tl.int32), axis=0) == 0)
+    return share_of(high, middle, low, nonzero)
 
 
 @triton.jit(do_not_specialize=["table", "count", "tiles", "partial"])
@@ -96,18 +106,26 @@ def squares_kernel(
     Reads 4 bytes per float32 element (8 if WEIGHTED).
     """
     if QUICK_FLOAT64:
-        sum = _share_in_float64(table, count, tiles, WEIGHTED, DTYPE, UNITS)
+        sum = share_in_float64(table, count, tiles, 0, WEIGHTED, DTYPE, UNITS)
     else:
         sum, reliable = _share_in_float32(table, count, tiles, WEIGHTED, DTYPE, UNITS)
         if not reliable:
-            sum = _share_in_float64(table, count, tiles, WEIGHTED, DTYPE, UNITS)
+            sum = share_in_float64(table, count, tiles, 0, WEIGHTED, DTYPE, UNITS)
     tl.store(partial + tl.program_id(0), sum)
 
 
-@triton.jit(do_not_specialize=["partial", "count", "norm"])
-def norm_kernel(partial: tl.pointer_type(tl.float64), count: tl.int64, norm: tl.pointer_type(tl.float64)):
-    """norm <- the square root of the whole sum. One program; partial: float64 ``[count]``, norm: one float64."""
-    tl.store(norm, tl.sqrt(total(partial, count)))
+@triton.jit(do_not_specialize=["partial", "count", "norm", "skipped"])
+def norm_kernel(
+    partial: tl.pointer_type(tl.float64), count: tl.int64, norm: tl.pointer_type(tl.float64), skipped: tl.int64
+):
+    """norm <- the square root of the whole sum, unless the int64 at the address skipped, where it is not 0, is 1.
+
+    One program; partial: float64 ``[count]``, norm: one float64.
+    """
+    taken = skipped == 0
+    if skipped != 0:
+        taken = tl.load(skipped.to(tl.pointer_type(tl.int64))) == 0
+    tl.store(norm, tl.sqrt(total(partial, count)), mask=taken)
 
 
 def streams_of_tile(dtype: torch.dtype, streams: int, quick_float64: bool) -> int:
@@ -158,5 +176,11 @@ def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor], layouts: Tensor
     norm = torch.empty((), dtype=torch.float64, device=first.device)
     if has_memory(first):
         partial = sum_squares(gradients, models if adaptive else [])
-        launch(norm_kernel, first.device, 1, partial, len(partial), norm, registers=64)
+        finish_norm(partial, norm)
     return norm
+
+
+def finish_norm(partial: Tensor, norm: Tensor, skipped: Tensor | None = None) -> None:
+    """norm <- that of partial sums of squares, unless skipped, where it is given, holds 1."""
+    unless = 0 if skipped is None else skipped.data_ptr()
+    launch(norm_kernel, norm.device, 1, partial, len(partial), norm, unless, registers=64)

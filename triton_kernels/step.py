@@ -21,9 +21,11 @@ from .arithmetic import (
     unperturbed,
 )
 from .counts import DECAY, FACTOR, STEP_SIZE, prepared, prepared_perturbation, record
+from .running_squares import add_squares, no_squares, store_squares
 from .settings import BETA1, CLIP_THRESHOLD, EPS, HESSIAN_POWER, MAXIMIZE, NESTEROV, setting
 from .tiles import (
     NUMBER,
+    UNIT,
     blocks_of,
     copy_of_blocks,
     entry_of,
@@ -147,6 +149,7 @@ def _update_tile(
     UNITS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
+    """One step of a tile; returns m."""
     w_at, g_at, backup_at, m_at, D_at, H_at = streams
     (beta1, gradient_weight), how, (eps, power, threshold), maximize, nesterov = constants
     index = indices(UNITS, VECTOR)
@@ -173,11 +176,12 @@ def _update_tile(
             direction = divided(exp_avg, root(D, KIND, power, STATE) + eps, STATE)
         new = moved(w, direction, prepared(of_rows, row, DECAY), prepared(of_rows, row, STEP_SIZE), STATE)
     store(w_at, begin, end, index, narrow(new, DTYPE), DTYPE, VECTOR)
+    return tl.reshape(exp_avg, (UNITS * UNIT,))
 
 
 @triton.jit(
     do_not_specialize=[
-        *("table", "count", "tiles", "partial", "partials", "steps", "second", "scalars", "skipped", "settings"),
+        *("table", "count", "tiles", "partial", "partials", "steps", "second", "scalars", "skipped", "sums", "settings")
     ]
 )
 def update_kernel(
@@ -190,9 +194,11 @@ def update_kernel(
     second: tl.int32,
     scalars: tl.int64,
     skipped: tl.pointer_type(tl.int64),
+    sums: tl.pointer_type(tl.float64),
     settings: tl.pointer_type(tl.float64),
     KIND: tl.constexpr,
     SECOND: tl.constexpr,
+    SUMS: tl.constexpr,
     PRODUCT: tl.constexpr,
     DTYPE: tl.constexpr,
     STATE: tl.constexpr,
@@ -209,8 +215,9 @@ def update_kernel(
 
     Streams, of any length: w, g and backup, which may be w, of DTYPE; m and, unless KIND is PLAIN, D, of STATE; if
     OF_PRODUCTS the products H, of PRODUCT; if BY_BLOCKS what is read in place of D, or D itself. steps, second and
-    scalars as in inspect_kernel. Moves 24 bytes per float32 element, 32 if OF_PRODUCTS, 28 if OF_GRADIENTS, 20 if
-    PLAIN; BY_BLOCKS 20, and 4 of a block, or where what is read in place of D is kept 8.
+    scalars as in inspect_kernel. Unless SUMS is UNSUMMED, sums[program] <- its share of the squares of m.
+    Moves 24 bytes per float32 element, 32 if OF_PRODUCTS, 28 if OF_GRADIENTS, 20 if PLAIN; BY_BLOCKS 20, and 4 of a
+    block, or where what is read in place of D is kept 8.
     """
     VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     finding = total(partial, partials)
@@ -221,6 +228,8 @@ def update_kernel(
     if finite:
         record(table, count, steps, second, settings)
         constants = _constants(settings, STATE)
+        squares = no_squares(SUMS, UNITS)
+        tiles_summed = 0
         for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
             entry = entry_of(table, count, tile)
             before, begin, end = place_of(table, count, entry, tile, UNITS)
@@ -243,14 +252,17 @@ def update_kernel(
             streams = (w_at, g_at, backup_at, m_at, D_at, H_at)
             row = field(table, count, entry, NUMBER)
             if in_vectors(wide, begin, end, VECTOR):
-                _update_tile(
+                m = _update_tile(
                     *(streams, shift, begin, end, of_rows, row, constants),
                     *(KIND, SECOND, PRODUCT, DTYPE, STATE, UNITS, VECTOR),
                 )
             else:
-                _update_tile(
+                m = _update_tile(
                     *(streams, shift, begin, end, of_rows, row, constants),
                     *(KIND, SECOND, PRODUCT, DTYPE, STATE, UNITS, 1),
                 )
+            squares = add_squares(squares, tiles_summed, m, SUMS)
+            tiles_summed += 1
+        store_squares(squares, sums, table, count, tiles, SUMS, STATE, UNITS)
     else:
         _restore(table, count, tiles, of_rows, DTYPE, STATE, UNITS)

@@ -2,6 +2,7 @@
 
 Two launches: inspect_kernel looks for what is not finite and works out what the elements of a parameter share;
 update_kernel reads its findings. So nothing is written before everything was read, and the host waits for nothing.
+A third one, of a single program, where the norm of exp_avg is asked for, whose squares update_kernel sums on the way.
 """
 
 from collections.abc import Sequence
@@ -15,8 +16,10 @@ from .arithmetic import CLIPPED, GENERAL, IDENTITY, PLAIN, SQUARE_ROOT
 from .checks import check_update
 from .counts import SCALARS
 from .inspection import inspect_kernel
-from .launch import DTYPE_CODES, DTYPES, launch_over, programs, registers_for, units_on
+from .launch import DTYPE_CODES, DTYPES, launch_over, programs, quick_float64, registers_for, units_on
 from .lists import dense, laid_out_like, write_back
+from .norm import finish_norm
+from .running_squares import IN_FLOAT32, IN_FLOAT64, UNSUMMED
 from .step import BY_BLOCKS, OF_GRADIENTS, OF_PRODUCTS, READ, update_kernel
 from .table import Contents, Parts, Stream, blocks_at, lengths_of, numbers_on, parts_of, stream_of, table_on
 
@@ -51,6 +54,7 @@ def update_(
     norm: Tensor | None,
     exp_avg: Tensor,
     exp_hessian: Tensor | None,
+    exp_avg_norm: Tensor | None,
     steps: Tensor,
     skipped: Tensor,
     offsets: Sequence[int],
@@ -69,7 +73,7 @@ def update_(
     """
     shared = settings_of(settings)
     check_update(
-        *(params, grads, products, averaged, backup, norm, exp_avg, exp_hessian, steps, skipped),
+        *(params, grads, products, averaged, backup, norm, exp_avg, exp_hessian, exp_avg_norm, steps, skipped),
         *(offsets, rows, layouts, blocked, guards, per_row, shared),
     )
     if not has_memory(steps):
@@ -124,8 +128,15 @@ def update_(
     elif kind != PLAIN.value and exp_hessian is not None:
         streams += [parts_of(exp_hessian, starts), *inspected[1:]]
     units = units_on(device, dtype, len(streams))
+    table = table_on(device, Contents(lengths, units, tuple(streams), rows=tuple(rows), shifts=shifts))
+    summed = exp_avg_norm is not None
+    registers = registers_for(dtype, state=True, general_power=kind == GENERAL.value, squares=summed)
+    how, sums = UNSUMMED.value, partial
+    if summed:
+        how = (IN_FLOAT64 if state == torch.float64 or quick_float64(device) else IN_FLOAT32).value
+        sums = torch.empty(programs(table, registers), dtype=torch.float64, device=device)
     launch_over(
-        table_on(device, Contents(lengths, units, tuple(streams), rows=tuple(rows), shifts=shifts)),
+        table,
         update_kernel,
         partial,
         len(partial),
@@ -133,10 +144,14 @@ def update_(
         writes,
         scalars.data_ptr(),
         skipped,
+        sums,
         numbers,
-        registers=registers_for(dtype, state=True, general_power=kind == GENERAL.value),
+        registers=registers,
         KIND=kind,
         SECOND=second,
+        SUMS=how,
         **kinds,
     )
+    if exp_avg_norm is not None:
+        finish_norm(sums, exp_avg_norm, skipped)
     write_back(params, weights)

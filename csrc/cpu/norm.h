@@ -60,25 +60,46 @@ double sum_of_squares(const P* g, const P* w, int64_t n) {
   return lanes[0];
 }
 
+// The sums of squares of a list of tensors, one for each block of a tensor.
+class BlockSums {
+ public:
+  explicit BlockSums(const TensorList& tensors) : first_block_(tensors.size() + 1) {
+    for (int64_t i = 0; i < tensors.size(); ++i) {
+      first_block_[i + 1] = first_block_[i] + (tensors.numel(i) + kBlock - 1) / kBlock;
+    }
+    sums_.resize(first_block_.back());
+  }
+
+  // Of the block of tensor i that begins with this element.
+  double& of(int64_t i, int64_t element) { return sums_[first_block_[i] + element / kBlock]; }
+
+  double norm() const { return std::sqrt(std::accumulate(sums_.begin(), sums_.end(), 0.0)); }
+
+ private:
+  std::vector<int64_t> first_block_;
+  std::vector<double> sums_;
+};
+
+// Calls body(start, length) for the blocks of a range of elements.
+template <class Body>
+void for_each_block(int64_t begin, int64_t end, const Body& body) {
+  for (int64_t start = begin; start < end; start += kBlock) body(start, std::min(kBlock, end - start));
+}
+
 // ||g||, or, with weights w, || |w| . g ||.
 inline double norm_of(const TensorList& grads, const TensorList* weights = nullptr) {
-  std::vector<int64_t> first_block(grads.size() + 1);
-  for (int64_t i = 0; i < grads.size(); ++i) {
-    first_block[i + 1] = first_block[i] + (grads.numel(i) + kBlock - 1) / kBlock;
-  }
-  std::vector<double> partial(first_block.back());
+  BlockSums sums(grads);
   with_dtype(grads.dtype(), [&](auto zero) {
     using P = decltype(zero);
     const auto block_sum = weights ? sum_of_squares<P, true> : sum_of_squares<P, false>;
     const TensorList& factors = weights ? *weights : grads;  // not read where there are no weights
     ElementRanges(grads).for_each([&](int64_t i, int64_t begin, int64_t end) {
-      for (int64_t start = begin; start < end; start += kBlock) {
-        partial[first_block[i] + start / kBlock] =
-            block_sum(grads.data<P>(i) + start, factors.data<P>(i) + start, std::min(kBlock, end - start));
-      }
+      for_each_block(begin, end, [&](int64_t start, int64_t length) {
+        sums.of(i, start) = block_sum(grads.data<P>(i) + start, factors.data<P>(i) + start, length);
+      });
     });
   });
-  return std::sqrt(std::accumulate(partial.begin(), partial.end(), 0.0));
+  return sums.norm();
 }
 
 }  // namespace sassha::cpu

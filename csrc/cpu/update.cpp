@@ -6,6 +6,7 @@
 #include "arguments.h"
 #include "cpu/dtypes.h"
 #include "cpu/finite.h"
+#include "cpu/norm.h"
 #include "cpu/ranges.h"
 #include "cpu/tiles.h"
 #include "math/sassha.h"
@@ -146,22 +147,24 @@ struct UpdateRange {
 
 void update_(StableListHandle param_list, StableListHandle grad_list, StableListHandle product_list,
              std::optional<Tensor> averaged, std::optional<Tensor> backup, std::optional<Tensor> norm, Tensor exp_avg,
-             std::optional<Tensor> exp_hessian, Tensor steps, Tensor skipped, std::vector<int64_t> offsets,
-             std::vector<int64_t> rows, Tensor layouts, int64_t blocked, std::vector<Tensor> guards, bool guard_grads,
-             Tensor per_row, std::vector<double> numbers) {
+             std::optional<Tensor> exp_hessian, std::optional<Tensor> exp_avg_norm, Tensor steps, Tensor skipped,
+             std::vector<int64_t> offsets, std::vector<int64_t> rows, Tensor layouts, int64_t blocked,
+             std::vector<Tensor> guards, bool guard_grads, Tensor per_row, std::vector<double> numbers) {
   const TensorList params(param_list, layouts);
   const TensorList grads(grad_list, params);
   const bool has_products = list_size(product_list) > 0;
   const TensorList products = has_products ? TensorList(product_list, params) : TensorList(product_list);
   const Settings settings = settings_of(numbers);
-  check_update(params, grads, products, averaged, backup, norm, exp_avg, exp_hessian, steps, skipped, offsets, rows,
-               blocked, per_row, settings);
+  check_update(params, grads, products, averaged, backup, norm, exp_avg, exp_hessian, exp_avg_norm, steps, skipped,
+               offsets, rows, blocked, per_row, settings);
   const bool finite = all_finite(guards) && (!guard_grads || (cpu::all_finite(grads) && cpu::all_finite(products)));
   *static_cast<int64_t*>(skipped.mutable_data_ptr()) = finite ? 0 : 1;
   const double size = norm ? scalar(*norm, "norm") : 0;
   const bool unperturbs = norm && std::isfinite(size);
   if (params.empty() || (!finite && !backup && !unperturbs)) return;
   const ElementRanges ranges(params);
+  std::optional<BlockSums> sums;  // of exp_avg, each taken while the block is in the caches
+  if (exp_avg_norm) sums.emplace(params);
   with_dtype(params.dtype(), [&](auto zero) {
     using P = decltype(zero);
     using T = Compute<P>;
@@ -196,7 +199,7 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
     };
     const bool means = has_products && products.dtype() != params.dtype();
     T* hessians = exp_hessian ? static_cast<T*>(exp_hessian->mutable_data_ptr()) : nullptr;
-    ranges.for_each([&](int64_t i, int64_t begin, int64_t end) {
+    const auto update_range = [&](int64_t i, int64_t begin, int64_t length) {
       const int64_t flat = offsets[i] + begin;
       P* const w = params.data<P>(i) + begin;
       const UpdateRange<P> range{
@@ -210,8 +213,17 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
           averaged ? static_cast<const T*>(averaged->const_data_ptr()) : nullptr,
           flat,
       };
-      range.run(end - begin, step, scalars[i]);
+      range.run(length, step, scalars[i]);
+    };
+    ranges.for_each([&](int64_t i, int64_t begin, int64_t end) {
+      if (!sums) return update_range(i, begin, end - begin);
+      for_each_block(begin, end, [&](int64_t start, int64_t length) {
+        update_range(i, start, length);
+        const T* const m = averages + offsets[i] + start;
+        sums->of(i, start) = sum_of_squares<T, false>(m, m, length);
+      });
     });
+    if (sums) *static_cast<double*>(exp_avg_norm->mutable_data_ptr()) = sums->norm();
   });
   params.write_back();
 }

@@ -23,9 +23,11 @@ struct NormArguments {
   const double* partial;
   int64_t count;
   double* norm;
+  const int64_t* skipped;  // or null: where not 0 the norm stays what it was
 };
 
 __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ NormArguments a) {
+  if (a.skipped != nullptr && *a.skipped != 0) return;
   const double sum = block_sum(a.partial, a.count);
   if (threadIdx.x == 0) *a.norm = std::sqrt(sum);
 }
@@ -52,7 +54,7 @@ void sum_lists(const Target& target, const std::vector<int64_t>& numel, const Te
 
 int64_t most_partial_sums(const Target& target, const std::vector<int64_t>& numel) {
   const int64_t tables = static_cast<int64_t>(numel.size()) / Table<2>::kCapacity + 1;
-  return tables * multiprocessors(target) * kMostBlocksEach;
+  return tables * most_blocks(target);
 }
 
 void sum_squares(const Target& target, const std::vector<int64_t>& numel, const Tensors& grads, const Tensors* weights,
@@ -67,8 +69,8 @@ void sum_squares(const Target& target, const std::vector<int64_t>& numel, const 
   });
 }
 
-void finish_norm(const Target& target, const PartialSums& partial, double* norm) {
-  launch(target, norm_kernel, 1, NormArguments{partial.sums, partial.count, norm});
+void finish_norm(const Target& target, const PartialSums& partial, double* norm, const int64_t* skipped) {
+  launch(target, norm_kernel, 1, NormArguments{partial.sums, partial.count, norm, skipped});
 }
 
 }  // namespace sassha::cuda

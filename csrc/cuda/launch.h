@@ -27,6 +27,9 @@ inline int multiprocessors(const Target& target) {
   return count;
 }
 
+// How many blocks a launch has at most.
+inline int64_t most_blocks(const Target& target) { return int64_t{multiprocessors(target)} * kMostBlocksEach; }
+
 // As many blocks as run at the same time: the kernels walk on through what is left. Fewer for a short list.
 template <class Arguments>
 int blocks_for(const Target& target, void (*kernel)(Arguments), int64_t units) {

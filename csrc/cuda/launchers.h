@@ -44,8 +44,8 @@ int64_t most_partial_sums(const Target& target, const std::vector<int64_t>& nume
 void sum_squares(const Target& target, const std::vector<int64_t>& numel, const Tensors& grads, const Tensors* weights,
                  PartialSums& partial);
 
-// norm <- the square root of the whole sum.
-void finish_norm(const Target& target, const PartialSums& partial, double* norm);
+// norm <- the square root of the whole sum; where skipped is given, unless it holds 1.
+void finish_norm(const Target& target, const PartialSums& partial, double* norm, const int64_t* skipped = nullptr);
 
 struct Perturbation {
   std::vector<int64_t> numel;
@@ -99,6 +99,9 @@ void block_average(const Target& target, const BlockAverage& arguments);
 // What update_ works out once per step: room for it is scratch_bytes(rows).
 int64_t scratch_bytes(int64_t rows);
 
+// How many sums the blocks of a launch leave: at most this many.
+int64_t most_block_sums(const Target& target);
+
 struct Update {
   std::vector<int64_t> numel;
   std::vector<int64_t> offsets;
@@ -110,7 +113,8 @@ struct Update {
   const void* backup;               // null where the step is from params themselves
   const double* norm;               // where w is worked out from params, else null
   void* exp_avg;
-  void* exp_hessian;  // null of a plain direction
+  void* exp_hessian;     // null of a plain direction
+  double* exp_avg_norm;  // or null
   int64_t blocked;
   int64_t* steps;  // [row_count][2]
   const RowSettings* per_row;
@@ -119,7 +123,7 @@ struct Update {
   std::vector<Scalar> guards;
   bool guard_grads;
   Settings settings;
-  PartialSums partial;  // room for the sums of gradients and products, and one more
+  PartialSums partial;  // room for the sums of gradients and products, one more, and most_block_sums of exp_avg
   void* scratch;
 };
 

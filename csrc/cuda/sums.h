@@ -64,12 +64,23 @@ __device__ double share_in_float64(const AnyTable& table) {
   return block_sum(sum);
 }
 
-// The same, as exact, summed in float32. Where a block's share is beyond float32, or so small that squares may have
-// been lost below it, it is summed once more in float64: a norm of less than 2e-10, or one of more than 1e19.
-template <class P, class AnyTable>
-__device__ double share_in_float32(const AnyTable& table) {
+// The block's share of what its threads have summed in float32. Where it is beyond float32, or so small that squares
+// may have been lost below it, it is summed once more in float64: a norm of less than 2e-10, or one of more than 1e19.
+//
+// zero: whether all that this thread has summed was 0.
+template <class InFloat64>
+__device__ double share_of(const CompensatedSum& sum, bool zero, const InFloat64& share_in_float64) {
   // 2^30 elements that each lose 2^-147 change it in its 53rd binary digit.
   constexpr double kSmallest = 1 / 18446744073709551616.0;  // 2^-64
+  const double share = block_sum(sum.value());
+  if (share >= kSmallest) return share;  // NaN is not
+  if (share == 0 && block_sum(zero ? 0.0 : 1.0) == 0) return 0;
+  return share_in_float64();
+}
+
+// The same as share_in_float64, as exact, summed in float32.
+template <class P, class AnyTable>
+__device__ double share_in_float32(const AnyTable& table) {
   constexpr bool kWeighted = AnyTable::kListCount > 1;
   constexpr int kTermDigits = kDigits<P> * AnyTable::kListCount;
   CompensatedSum sum;
@@ -87,10 +98,7 @@ __device__ double share_in_float32(const AnyTable& table) {
         }
       },
       [&] { sum.normalize(); });
-  const double share = block_sum(sum.value());
-  if (share >= kSmallest) return share;  // NaN is not
-  if (share == 0 && block_sum(zero ? 0.0 : 1.0) == 0) return 0;
-  return share_in_float64<P>(table);
+  return share_of(sum, zero, [&] { return share_in_float64<P>(table); });
 }
 
 template <class P, class AnyTable>
@@ -101,6 +109,42 @@ __device__ double share_of_squares(const AnyTable& table) {
     return share_in_float32<P>(table);
   }
 }
+
+// The squares of what a kernel writes, summed on the way by the same means. T: its type, double or float.
+template <class T>
+class RunningSquares {
+ public:
+  __device__ __forceinline__ void add(T x) {
+    if constexpr (std::is_same_v<T, double>) {
+      sum_ += x * x;
+    } else if constexpr (kQuickFloat64) {
+      sum_ = std::fma(static_cast<double>(x), static_cast<double>(x), sum_);
+    } else {
+      zero_ = zero_ && x == 0;
+      sum_.template add_square<false>(x);
+    }
+  }
+
+  // Behind the 16 elements of each chunk.
+  __device__ __forceinline__ void normalize() {
+    if constexpr (!kInFloat64) sum_.normalize();
+  }
+
+  // The block's share, or what again() sums of it in float64.
+  template <class Again>
+  __device__ double share(const Again& again) const {
+    if constexpr (kInFloat64) {
+      return block_sum(sum_);
+    } else {
+      return share_of(sum_, zero_, again);
+    }
+  }
+
+ private:
+  static constexpr bool kInFloat64 = std::is_same_v<T, double> || kQuickFloat64;
+  std::conditional_t<kInFloat64, double, CompensatedSum> sum_{};
+  bool zero_ = true;
+};
 
 // Not finite if any of the block's share of elements is not; of float64 ones also if their squares are not, as in the
 // norm.

@@ -192,22 +192,23 @@ void block_average_(StableListHandle product_list, Tensor exp_hessian, Tensor av
 
 void update_(StableListHandle param_list, StableListHandle grad_list, StableListHandle product_list,
              std::optional<Tensor> averaged, std::optional<Tensor> backup, std::optional<Tensor> norm, Tensor exp_avg,
-             std::optional<Tensor> exp_hessian, Tensor steps, Tensor skipped, std::vector<int64_t> offsets,
-             std::vector<int64_t> rows, Tensor layouts, int64_t blocked, std::vector<Tensor> guards, bool guard_grads,
-             Tensor per_row, std::vector<double> numbers) {
+             std::optional<Tensor> exp_hessian, std::optional<Tensor> exp_avg_norm, Tensor steps, Tensor skipped,
+             std::vector<int64_t> offsets, std::vector<int64_t> rows, Tensor layouts, int64_t blocked,
+             std::vector<Tensor> guards, bool guard_grads, Tensor per_row, std::vector<double> numbers) {
   const TensorList params(param_list, layouts);
   const TensorList grads(grad_list, params);
   const bool hessian_step = list_size(product_list) > 0;
   const TensorList products = hessian_step ? TensorList(product_list, params) : TensorList(product_list);
   const Settings settings = settings_of(numbers);
-  check_update(params, grads, products, averaged, backup, norm, exp_avg, exp_hessian, steps, skipped, offsets, rows,
-               blocked, per_row, settings);
+  check_update(params, grads, products, averaged, backup, norm, exp_avg, exp_hessian, exp_avg_norm, steps, skipped,
+               offsets, rows, blocked, per_row, settings);
   for (const TensorList* list : {&params, &grads, &products}) list->check_device(steps);
   if (averaged) check_device(*averaged, steps, "averaged");
   if (backup) check_device(*backup, steps, "backup");
   if (norm) check_device(*norm, steps, "norm");
   check_device(exp_avg, steps, "exp_avg");
   if (exp_hessian) check_device(*exp_hessian, steps, "exp_hessian");
+  if (exp_avg_norm) check_device(*exp_avg_norm, steps, "exp_avg_norm");
   check_device(skipped, steps, "skipped");
   check_device(per_row, steps, "per_row");
   const Dtype dtype = dtype_of(exp_avg.scalar_type());
@@ -226,6 +227,7 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
   u.norm = norm ? static_cast<const double*>(norm->const_data_ptr()) : nullptr;
   u.exp_avg = exp_avg.mutable_data_ptr();
   u.exp_hessian = exp_hessian ? exp_hessian->mutable_data_ptr() : nullptr;
+  u.exp_avg_norm = exp_avg_norm ? static_cast<double*>(exp_avg_norm->mutable_data_ptr()) : nullptr;
   u.blocked = blocked;
   u.steps = static_cast<int64_t*>(steps.mutable_data_ptr());
   u.per_row = row_settings(per_row);
@@ -237,9 +239,10 @@ void update_(StableListHandle param_list, StableListHandle grad_list, StableList
   }
   u.guard_grads = guard_grads;
   u.settings = settings;
-  // Gradients, products, and a launch for every few guards.
-  const int64_t guard_bytes = static_cast<int64_t>((guards.size() + 1) * sizeof(double));
-  const Tensor sums = scratch(steps, 2 * sums_bytes(target, u.numel) + guard_bytes);
+  // Gradients, products, a launch for every few guards, and the squares of exp_avg.
+  const int64_t more = static_cast<int64_t>(guards.size()) + 1 + (u.exp_avg_norm ? most_block_sums(target) : 0);
+  const int64_t more_bytes = more * static_cast<int64_t>(sizeof(double));
+  const Tensor sums = scratch(steps, 2 * sums_bytes(target, u.numel) + more_bytes);
   const Tensor prepared = scratch(steps, scratch_bytes(u.row_count));
   u.partial = partial_sums(sums);
   u.scratch = prepared.mutable_data_ptr();

@@ -4,7 +4,9 @@
 //
 // Two launches: inspect_kernel (inspect.cu) looks for what is not finite and works out what a step needs once;
 // update_kernel reads its findings. So nothing is written before everything was read, and the host waits for nothing.
+// A third one, of a single block, where the norm of exp_avg is asked for, whose squares update_kernel sums on the way.
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
@@ -13,6 +15,7 @@
 #include "cuda/launch.h"
 #include "cuda/numbers.h"
 #include "cuda/reduce.h"
+#include "cuda/sums.h"
 #include "cuda/vectors.h"
 #include "math/sassha.h"
 
@@ -39,8 +42,9 @@ struct UpdateArguments {
   int64_t* skipped;
   const Prepared<T>* prepared;
   const double* norm;  // or null
-  const double* partial;
-  int64_t partial_count;
+  double* sums;        // the findings, and behind them room for the squares of exp_avg, a sum for each block
+  int32_t finding_count;
+  int32_t begun;  // the number of blocks that have a sum of an earlier table, to which they add
   UpdateConstants<T> constants;
 };
 
@@ -91,12 +95,27 @@ __device__ void restore(const UpdateArguments<P, H>& a) {
   }
 }
 
-// How many blocks a multiprocessor must have registers for: 64 a thread.
-constexpr int kUpdateBlocks = 4;
+// The squares of exp_avg that are this block's, summed in float64.
+template <class P, class H>
+__device__ double squares_in_float64(const UpdateArguments<P, H>& a) {
+  double sum = 0;
+  for (Chunks<P, typename UpdateArguments<P, H>::AnyTable> chunks(a.table); chunks.more(); chunks.next()) {
+#pragma unroll 1
+    for (int j = 0; j < kVectorsPerChunk<P>; ++j) {
+      const Place at = chunks.place(j);
+#pragma unroll 1
+      for (int i = 0; i < at.length; ++i) {
+        const double m = a.exp_avg[at.flat + i];
+        sum = std::fma(m, m, sum);
+      }
+    }
+  }
+  return block_sum(sum);
+}
 
-template <class P, class H, Kind kKind>
-__global__ void __launch_bounds__(kThreads, kUpdateBlocks)
-    update_kernel(const __grid_constant__ UpdateArguments<P, H> a) {
+// kNorm: whether the squares of exp_avg are summed as well.
+template <class P, class H, Kind kKind, bool kNorm>
+__device__ __forceinline__ void take_step(const UpdateArguments<P, H>& a) {
   using T = Compute<P>;
   constexpr bool kSecond = !std::is_void_v<H>;
   using Product = std::conditional_t<kHasProducts<H>, H, P>;
@@ -105,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks)
   // registers.
   constexpr bool kWide = sizeof(Product) > sizeof(P);
 
-  const bool finite = std::isfinite(block_sum(a.partial, a.partial_count));
+  const bool finite = std::isfinite(block_sum(a.sums, a.finding_count));
   const bool moved_along = std::is_same_v<P, T> && unperturbs(a.norm);
   record(a, finite);
   if (!finite) {
@@ -116,6 +135,7 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks)
   const bool by_blocks = !kSecond && (a.averaged != nullptr || a.blocks.shift > 0);
   int entry = -1;
   UpdateScalars<T> scalars;
+  [[maybe_unused]] RunningSquares<T> squares;
   for (Chunks<P, AnyTable> chunks(a.table); chunks.more(); chunks.next()) {
 #pragma unroll 1
     for (int j = 0; j < kVectorsPerChunk<P>; ++j) {
@@ -173,19 +193,51 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks)
         }
         store<Reuse::kLate>(m, length, vectors, exp_avg + first);
         if constexpr (kSecond) store<Reuse::kLate>(D, length, vectors, exp_hessian + first);
+        if constexpr (kNorm) {
+          // Behind a tensor's end m is 0, as everything that was read for it.
+#pragma unroll
+          for (int i = 0; i < kVector<T>; ++i) squares.add(m[i]);
+        }
       }
       store<Reuse::kSoon>(w, at.length, vectors, weights);
     }
+    if constexpr (kNorm) squares.normalize();
   }
+  if constexpr (kNorm) {
+    const double share = squares.share([&] { return squares_in_float64(a); });
+    double* const sum = a.sums + a.finding_count + blockIdx.x;
+    if (threadIdx.x == 0) *sum = share + (blockIdx.x < a.begun ? *sum : 0);
+  }
+}
+
+// How many blocks a multiprocessor must have registers for: 64 a thread. With the sum narrow parameters take more, but
+// each of their threads has half as many bytes again on their way.
+constexpr int kUpdateBlocks = 4;
+template <class P>
+constexpr int kSquaresBlocks = sizeof(P) < sizeof(Compute<P>) ? 3 : kUpdateBlocks;
+
+template <class P, class H, Kind kKind>
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks)
+    update_kernel(const __grid_constant__ UpdateArguments<P, H> a) {
+  take_step<P, H, kKind, false>(a);
+}
+
+template <class P, class H, Kind kKind>
+__global__ void __launch_bounds__(kThreads, kSquaresBlocks<P>)
+    update_and_squares_kernel(const __grid_constant__ UpdateArguments<P, H> a) {
+  take_step<P, H, kKind, true>(a);
 }
 
 namespace {
 
-template <class P, class H, Kind kKind>
-void update_as(const Target& target, const Update& u, const Tensors* products, const PartialSums& partial) {
+// Starts a kernel over every table; returns how many blocks have left a sum behind the findings.
+template <class P, class H>
+int64_t update_by(void (*kernel)(UpdateArguments<P, H>), const Target& target, const Update& u, const Tensors* products,
+                  const PartialSums& findings) {
   using T = Compute<P>;
   using AnyTable = typename UpdateArguments<P, H>::AnyTable;
   const Blocks blocks = blocks_of(u.settings, u.blocked);
+  int32_t begun = 0;
   for_each_table<AnyTable>(
       u.numel, &u.offsets,
       [&](AnyTable& table, int entry, int64_t i) {
@@ -208,44 +260,62 @@ void update_as(const Target& target, const Update& u, const Tensors* products, c
         arguments.skipped = u.skipped;
         arguments.prepared = static_cast<const Prepared<T>*>(u.scratch);
         arguments.norm = u.norm;
-        arguments.partial = partial.sums;
-        arguments.partial_count = partial.count;
+        arguments.sums = findings.sums;
+        arguments.finding_count = static_cast<int32_t>(findings.count);
+        arguments.begun = begun;
         arguments.constants = update_constants<T>(u.settings);
-        launch_over_table(target, update_kernel<P, H, kKind>, arguments);
+        const int launched = blocks_for(target, kernel, table.first_unit[table.count]);
+        launch(target, kernel, launched, arguments);
+        begun = std::max(begun, launched);
       });
+  return begun;
+}
+
+template <class P, class H, Kind kKind>
+void update_as(const Target& target, const Update& u, const Tensors* products, const PartialSums& findings) {
+  // The norm of exp_avg comes with a step that has no products, and of no method that is perturbed along the gradient.
+  if constexpr (!kHasProducts<H> && kKind != Kind::kClipped) {
+    if (u.exp_avg_norm != nullptr) {
+      const int64_t count = update_by(update_and_squares_kernel<P, H, kKind>, target, u, products, findings);
+      return finish_norm(target, {findings.sums + findings.count, count}, u.exp_avg_norm, u.skipped);
+    }
+  }
+  update_by(update_kernel<P, H, kKind>, target, u, products, findings);
 }
 
 template <class P, class H>
-void update_with(const Target& target, const Update& u, const Tensors* products, const PartialSums& partial) {
+void update_with(const Target& target, const Update& u, const Tensors* products, const PartialSums& findings) {
   switch (kind_of(u.settings)) {
     case Kind::kSquareRoot:
-      return update_as<P, H, Kind::kSquareRoot>(target, u, products, partial);
+      return update_as<P, H, Kind::kSquareRoot>(target, u, products, findings);
     case Kind::kIdentity:
-      return update_as<P, H, Kind::kIdentity>(target, u, products, partial);
+      return update_as<P, H, Kind::kIdentity>(target, u, products, findings);
     case Kind::kGeneral:
-      return update_as<P, H, Kind::kGeneral>(target, u, products, partial);
+      return update_as<P, H, Kind::kGeneral>(target, u, products, findings);
     case Kind::kClipped:
-      return update_as<P, H, Kind::kClipped>(target, u, products, partial);
+      return update_as<P, H, Kind::kClipped>(target, u, products, findings);
     case Kind::kPlain:
-      return update_as<P, void, Kind::kPlain>(target, u, products, partial);
+      return update_as<P, void, Kind::kPlain>(target, u, products, findings);
   }
 }
 
 }  // namespace
 
+int64_t most_block_sums(const Target& target) { return most_blocks(target); }
+
 void update(const Target& target, const Update& u) {
-  const PartialSums partial = inspect(target, u);
+  const PartialSums findings = inspect(target, u);
   with_dtype(u.params.dtype, [&](auto type) {
     using P = typename decltype(type)::type;
     const bool of_gradients = !u.products && !u.averaged && averages_second(u.settings, false);
     // No member of the family takes another power of them: gradients come twice then, the second time as products.
     if (of_gradients && kind_of(u.settings) != Kind::kSquareRoot)
-      return update_with<P, P>(target, u, &u.grads, partial);
-    if (of_gradients) return update_as<P, OfGradients, Kind::kSquareRoot>(target, u, nullptr, partial);
-    if (!u.products) return update_with<P, void>(target, u, nullptr, partial);
+      return update_with<P, P>(target, u, &u.grads, findings);
+    if (of_gradients) return update_as<P, OfGradients, Kind::kSquareRoot>(target, u, nullptr, findings);
+    if (!u.products) return update_with<P, void>(target, u, nullptr, findings);
     // Means over several samples come in the compute type.
-    if (u.products->dtype == u.params.dtype) return update_with<P, P>(target, u, &*u.products, partial);
-    update_with<P, Compute<P>>(target, u, &*u.products, partial);
+    if (u.products->dtype == u.params.dtype) return update_with<P, P>(target, u, &*u.products, findings);
+    update_with<P, Compute<P>>(target, u, &*u.products, findings);
   });
 }
 

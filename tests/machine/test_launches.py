@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.shapes import MODELS
-from sassha_fused import SAMSGD, SAMAdamW, Sassha, ops
+from sassha_fused import SAMSGD, MSassha, SAMAdamW, Sassha, ops
 from sassha_fused.curvature import exact
 from sassha_fused.optimizer import FusedOptimizer
 from tests.support import emulation
@@ -101,7 +102,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 def take_step(opt: FusedOptimizer, counts: Counter[str]) -> Launches:
     """Takes a step by phases, with gradients of whatever values; returns its launches."""
     counts.clear()
-    along_momentum = opt.param_groups[0].get("ascent") == "momentum"
+    along_momentum = opt._run.flat.method.along_momentum(opt.param_groups[0])
     for phase in (opt.perturb, opt.step):
         for group in opt.param_groups:
             for param in group["params"]:
@@ -175,18 +176,35 @@ def test_groups_of_other_settings_have_launches_of_their_own(counts: Counter[str
     assert take_step(opt, counts) == launches
 
 
-MEMBERS: dict[str, tuple[Callable[..., FusedOptimizer], dict[str, Any]]] = {
-    "SAMSGD": (SAMSGD, {}),
-    "SAMSGD along momentum": (SAMSGD, {"momentum": 0.9, "ascent": "momentum", "exact_restore": False}),
-    "SAMAdamW": (SAMAdamW, {}),
+@pytest.mark.parametrize("member", [SAMSGD, SAMAdamW])
+def test_members_without_a_hessian_launch_what_a_lazy_step_does(
+    counts: Counter[str], member: Callable[..., FusedOptimizer]
+) -> None:
+    params = [nn.Parameter(torch.empty(shape)) for shape in MODELS["ResNet-20"]]
+    opt = member(params, backend=BACKEND)
+    for _ in range(2):
+        assert take_step(opt, counts) == FEW[0]
+
+
+ALONG_MOMENTUM: dict[str, Callable[..., FusedOptimizer]] = {
+    "SAMSGD": partial(SAMSGD, momentum=0.9, ascent="momentum", exact_restore=False),
+    "SAMAdamW": partial(SAMAdamW, ascent="momentum"),
+    "MSassha": partial(MSassha, hessian_interval=100),
+    "MSassha by blocks": partial(MSassha, hessian_interval=100, hessian_block=32, exact_restore=False),
 }
 
 
-@pytest.mark.parametrize("name", MEMBERS)
-def test_members_without_a_hessian_launch_what_a_lazy_step_does(counts: Counter[str], name: str) -> None:
-    member, options = MEMBERS[name]
+@pytest.mark.parametrize("member", ALONG_MOMENTUM)
+def test_a_step_along_the_momentum_has_its_norm_from_the_step_before(counts: Counter[str], member: str) -> None:
     params = [nn.Parameter(torch.empty(shape)) for shape in MODELS["ResNet-20"]]
-    opt = member(params, backend=BACKEND, **options)
+    opt = ALONG_MOMENTUM[member](params, backend=BACKEND)
+    take_step(opt, counts)
+    lazy = {"perturb_ perturb": 1, "update_ inspect": 1, "update_ update_and_squares": 1, "update_ norm": 1}
+    if member == "MSassha":  # whose products are averaged as they are read: what they are not is measured
+        assert take_step(opt, counts) == {**lazy, "perturb_ squares": 1}
+    for _ in range(2):
+        assert take_step(opt, counts) == lazy
+    _ = opt.state  # who has it may write to it
     for _ in range(2):
         assert take_step(opt, counts) == FEW[0]
 

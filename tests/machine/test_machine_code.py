@@ -17,6 +17,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 VECTOR = 8 * VECTOR_BYTES  # bits
 
 MOST_REGISTERS = 64  # of 65,536 on a multiprocessor: four blocks of 256 threads
+MOST_OF_NARROW_SQUARES = 80  # three, each of whose threads has 96 bytes on their way in place of 64
 
 # Of a kernel's arithmetic over its bytes, by count, for float32 parameters on every chip of docs/kernels.md.
 MOST_ARITHMETIC = 0.6
@@ -30,6 +31,7 @@ OTHER_LOADS = {
     ("rademacher_kernel", 32): 1,
     ("hutchinson_kernel", 32): 1,
     ("update_kernel", 32): 2,
+    ("update_and_squares_kernel", 32): 3,  # and m, of which float32 had no room for the sum
 }
 # And such stores: seven scalars, in two places.
 OTHER_STORES = {("inspect_kernel", 32): 14}
@@ -82,8 +84,13 @@ def test_no_kernel_has_a_stack_or_spills(codes: dict[Kernel, MachineCode]) -> No
 
 
 def test_enough_registers_are_left_for_four_blocks(codes: dict[Kernel, MachineCode]) -> None:
-    registers = {shown(kernel): code.registers for kernel, code in codes.items()}
-    assert {kernel: count for kernel, count in registers.items() if count > MOST_REGISTERS} == {}
+    registers = {kernel: code.registers for kernel, code in codes.items()}
+    most = {kernel: MOST_OF_NARROW_SQUARES if is_narrow_with_squares(kernel) else MOST_REGISTERS for kernel in codes}
+    assert {shown(kernel): count for kernel, count in registers.items() if count > most[kernel]} == {}
+
+
+def is_narrow_with_squares(kernel: Kernel) -> bool:
+    return kernel[0] == "update_and_squares_kernel" and SIZES[kernel[1]] == 2
 
 
 def test_every_stream_is_read_and_written_16_bytes_at_a_time(
@@ -121,8 +128,8 @@ def test_tails_are_read_and_written_one_element_at_a_time(codes: dict[Kernel, Ma
         )
         for sizes, counts, others, copies in of_kinds:
             expected: collections.Counter[int] = collections.Counter()
-            for size in (*sizes, *streams.narrow):
-                expected[8 * size] += streams.elements * streams.loops
+            for size in (*sizes, *streams.narrow, *(streams.again if counts is code.loads else ())):
+                expected[8 * size] += streams.elements
             expected[8 * streams.size] += copies * VECTOR_BYTES // streams.size
             for bits in (32, 16, 8):
                 most = expected[bits] + others.get((kernel[0], bits), 0)
@@ -218,7 +225,7 @@ def test_the_arithmetic_in_the_docs_is_that_of_the_machine_code(
     assert "\n".join(passes.arithmetic("float", of_chips)) in DOCS.read_text()
 
 
-@pytest.mark.parametrize("of_step", ["grad_norm", "perturb_", "check", "update_, lazy"])
+@pytest.mark.parametrize("of_step", ["grad_norm", "perturb_", "check", "update_, lazy", "with the norm"])
 @pytest.mark.parametrize("chip", passes.CHIPS)
 def test_arithmetic_leaves_time_to_spare_beside_memory(
     of_chips: dict[str, dict[Kernel, MachineCode]], chip: str, of_step: str

@@ -153,7 +153,8 @@ def shifted_pointers(arguments: bytes, shift: int) -> bytes:
     """A kernel's arguments with every pointer into the memory of the call moved by some bytes."""
     whole = len(arguments) // 8 * 8
     words = np.frombuffer(arguments[:whole], np.int64).copy()
-    pointers = (words >= ptxrun.GBASE) & (words < ptxrun.GBASE + arena.ARENA_BYTES)
+    # Below are counts beside the upper half of a pointer that was there before.
+    pointers = (words >= ptxrun.GBASE + 4096) & (words < ptxrun.GBASE + arena.ARENA_BYTES)
     assert pointers.any()
     words[pointers] += shift
     return words.tobytes() + arguments[whole:]

@@ -17,7 +17,7 @@ from bench.triton_code import variants  # noqa: E402
 from sassha_fused.triton_kernels import table  # noqa: E402
 from sassha_fused.triton_kernels.counts import SCALARS  # noqa: E402
 from tests.support import arena, backends, triton_ptx  # noqa: E402
-from tests.support.calls import HYPER, call_everything, norm_of, run_perturb, run_update  # noqa: E402
+from tests.support.calls import HYPER, call_everything, call_with_norm, norm_of, run_perturb, run_update  # noqa: E402
 from tests.support.cases import DTYPES, GUARD, Case, Spec, compute_dtype, each_dtype, make_case  # noqa: E402
 from tests.support.checks import check_skip, exact_norm  # noqa: E402
 from tests.support.floors import (  # noqa: E402
@@ -204,6 +204,7 @@ def test_every_variant_that_is_compiled_is_run(runs: list[arena.Run]) -> None:
             case = make_case(dtype, [Spec((5,), shift=1), Spec((130,))])
             for adaptive in (False, True):
                 norm_of(NAME, case.grads, case.params, adaptive)
+            call_with_norm(NAME, case)
     listed = {variant.name for variant in variants(triton_ptx.ARCHITECTURE)}
     assert {run.name for run in runs} == listed == set(triton_ptx.compiled())
 

@@ -105,8 +105,8 @@ class Spread:
 
     def update_(
         self, params: Any, grads: Any, products: Any, averaged: Tensor | None, backup: Tensor | None, norm: None,
-        exp_avg: Tensor, exp_hessian: Tensor, steps: Tensor, skipped: Tensor, offsets: Any, rows: list[int],
-        layouts: Tensor, blocked: int, *rest: Any,
+        exp_avg: Tensor, exp_hessian: Tensor, exp_avg_norm: Tensor | None, steps: Tensor, skipped: Tensor,
+        offsets: Any, rows: list[int], layouts: Tensor, blocked: int, *rest: Any,
     ) -> None:  # fmt: skip
         block = PAIRS if blocked else 1
         with (
@@ -120,7 +120,7 @@ class Spread:
             self.ends_only(),
         ):
             self.operators.update_(
-                w, g, p, new, kept, norm, m, D, steps, skipped, self.offsets, rows[1:], layouts_of(w),
+                w, g, p, new, kept, norm, m, D, exp_avg_norm, steps, skipped, self.offsets, rows[1:], layouts_of(w),
                 self.total if blocked else 0, *rest,
             )  # fmt: skip
 

@@ -48,6 +48,7 @@ def variants(name: str, case: Case) -> list[dict[str, Any]]:
         "perturb_": [{"measure": True}],
         "update_": [
             {"products": []},
+            {"products": [], "exp_avg_norm": torch.tensor(0.0, dtype=torch.float64)},
             {"backup": None, "guard_grads": True},
             {"guards": [torch.tensor(math.nan), torch.tensor(1.0, dtype=torch.float64)]},
         ],
@@ -75,7 +76,7 @@ def test_arguments_in_plain_torch_are_those_of_the_schema(name: str) -> None:
         "rademacher_": {"signs"},
         "hutchinson_": {"estimate"},
         "block_average_": {"averaged"},
-        "update_": {"params", "exp_avg", "exp_hessian", "steps", "skipped"},
+        "update_": {"params", "exp_avg", "exp_hessian", "exp_avg_norm", "steps", "skipped"},
     }
     assert list(inspect.signature(getattr(eager, name)).parameters) == [a.name for a in schema.arguments]
     assert list(arguments_of(name, small_case())) == [a.name for a in schema.arguments]

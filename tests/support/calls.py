@@ -82,6 +82,7 @@ def update_arguments(
         "norm": None,
         "exp_avg": on.exp_avg,
         "exp_hessian": on.exp_hessian,
+        "exp_avg_norm": None,
         "steps": on.steps,
         "skipped": on.skipped,
         "offsets": on.offsets,
@@ -251,3 +252,17 @@ def call_everything(backend: str, dtype: torch.dtype) -> None:
             run_update(backend, case, {**by_blocks, "hessian_power": power}, False, averaged=averaged, **shared)
     for on in (case, wide):
         run(backend, "block_average_", on, by_blocks, averaged=compact.clone(), **shared)
+    call_with_norm(backend, case)
+
+
+def call_with_norm(backend: str, case: Case) -> None:
+    """Every step that leaves the norm of exp_avg and has a kernel of its own."""
+    norm = torch.ones((), dtype=torch.float64, device=device_of(backend))
+    compact = torch.ones_like(case.exp_hessian[: block_index(len(case.exp_avg), 8, case.offsets[1])])
+    for power in POWERS:
+        hyper = {**HYPER, "hessian_power": power}
+        run_update(backend, case, hyper, False, exp_avg_norm=norm)
+        shared = {"blocked": case.offsets[1], "exp_hessian": compact}
+        run_update(backend, case, {**hyper, "hessian_block": 8}, False, exp_avg_norm=norm, **shared)
+    run_update(backend, case, ADAM, False, exp_avg_norm=norm)
+    run_update(backend, case, PLAIN, False, exp_hessian=None, exp_avg_norm=norm)

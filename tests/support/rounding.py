@@ -6,7 +6,7 @@ import collections
 import re
 
 from bench.ptx import traffic
-from bench.triton_code import KINDS, Compiled, second_of
+from bench.triton_code import KINDS, SUMS, Compiled, second_of
 
 # The fused multiply-adds for an element of float32 arithmetic: of each average, of the new weight, of the denominator,
 # where D is corrected or clipped; and of a general power.
@@ -54,7 +54,10 @@ def fused_of(compiled: Compiled) -> int:
     if streams is None:
         return 0
     if compiled.variant.kernel == "update_kernel" and constants["STATE"] == "fp32":
-        return 2 * streams.elements * _fused_of_element(compiled)
+        of_norm = (
+            SUMS[constants["SUMS"]] == "norm in float32"
+        )  # what squares lose, once whatever the way through a tile
+        return streams.elements * (2 * _fused_of_element(compiled) + of_norm)
     if compiled.variant.kernel == "block_average_kernel" and constants["STATE"] == "fp32":
         return 2 * streams.elements * FUSED_AVERAGE
     if constants.get("QUICK_FLOAT64", True):

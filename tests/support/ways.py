@@ -50,7 +50,8 @@ def summed(backend: str, quick: bool) -> Iterator[None]:
     """The norms of a backend are summed as where float64 is quick, or is not."""
     with pytest.MonkeyPatch.context() as patch:
         if backend in ("triton", "triton_ptx"):
-            patch.setattr("sassha_fused.triton_kernels.norm.quick_float64", lambda device: quick)
+            for module in ("norm", "update"):
+                patch.setattr(f"sassha_fused.triton_kernels.{module}.quick_float64", lambda device: quick)
         elif backend == "cuda_ptx":
             patch.setattr(executed(backend), "architecture", _ARCHITECTURES[quick])
         yield
