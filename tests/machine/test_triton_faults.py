@@ -86,7 +86,7 @@ LAZY_BLOCKS, AVERAGED, SKIPPED_BLOCKS = (
     for case in (
         "8-0.5-not average-not skip-float32",
         "2-0.5-average-not skip-float32",
-        "64-1.0-average-skip-float32",
+        "128-0.5-average-skip-float64",
     )
 )
 REFUSED = node_of(

@@ -29,6 +29,8 @@ from tests.support.formulas import formula_blocks
 from tests.support.lists import shorter
 
 BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128)
+# None, shorter than any vector, the longest vector, longer than what a thread has, and the longest of all.
+FEW_BLOCKS = (1, 2, 8, 64, 128)
 SIZES = (1, 2, 3, 5, 31, 33, 64, 127, 128, 129, 200, 257, 1000, 4099, 17_001)
 # One is longer than a tile of what is interpreted, and has blocks.
 FEW_SIZES = (3, 4099, 33, 127, 1, 129, 515)
@@ -56,7 +58,7 @@ def averaged(backend: str, case: Case, hyper: dict[str, Any], blocked: int) -> T
 
 
 # With a beta2 of 0 every bit of a mean shows.
-@each_backend_with(block=BLOCKS, beta2=(0.0, 0.999), squares=(False, True), dtype=DTYPES)
+@each_backend_with(few={"block": FEW_BLOCKS}, block=BLOCKS, beta2=(0.0, 0.999), squares=(False, True), dtype=DTYPES)
 def test_the_means_of_blocks_are_averaged_in(
     backend: str, dtype: torch.dtype, block: int, beta2: float, squares: bool
 ) -> None:
@@ -85,7 +87,14 @@ def test_the_means_of_blocks_are_averaged_in(
     assert_same_bits(found, averaged(BASELINE, case, hyper, blocked), "averaged")
 
 
-@each_backend_with(block=BLOCKS, power=POWERS, average=(False, True), skip=(False, True), dtype=DTYPES)
+@each_backend_with(
+    few={"block": FEW_BLOCKS},
+    block=BLOCKS,
+    power=POWERS,
+    average=(False, True),
+    skip=(False, True),
+    dtype=DTYPES,
+)
 def test_the_step_is_that_with_every_block_written_out(
     backend: str, dtype: torch.dtype, block: int, power: float, average: bool, skip: bool
 ) -> None:

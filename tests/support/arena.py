@@ -178,6 +178,8 @@ def on_device(named: dict[str, Any]) -> Iterator[tuple[Memory, list[Any]]]:
     yield memory, _converted(list(named.values()), lambda t: memory.tensor(t, start_of(t)))
     for key, storage in storages.items():
         memory.write_back(storage, starts[key])
+    # What still points to the memory, in cycles that are seldom looked for, keeps no bytes with it.
+    memory.mem = memory.init = np.empty(0, bool)
 
 
 def _parts(argument: str, flat: Tensor, named: dict[str, Any]) -> list[Tensor]:
