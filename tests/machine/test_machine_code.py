@@ -9,7 +9,8 @@ import pytest
 from bench import passes
 from bench.budgets import ADAMW_BYTES, HESSIAN_BYTES, LAZY_BYTES, SGD_BYTES
 from bench.bytes import KINDS, SIZES, VECTOR_BYTES, Kernel, block_bytes, kernels, quick_float64, streams, traffic
-from bench.sass import ARCHITECTURES, LIBRARY, NO_TOOL, MachineCode, demangled, find_cuobjdump, parsed, read, shown
+from bench.sass import ARCHITECTURES, MachineCode, demangled, parsed, shown
+from tests.support.machine_code import codes_of
 
 pytestmark = pytest.mark.slow
 
@@ -37,26 +38,15 @@ OTHER_LOADS = {
 OTHER_STORES = {("inspect_kernel", 32): 14}
 
 
-@pytest.fixture(scope="module")
-def library() -> dict[str, dict[Kernel, MachineCode]]:
-    if not LIBRARY.exists():
-        pytest.skip(f"{LIBRARY.name} was not built: nvcc is not here")
-    if find_cuobjdump() is None:
-        pytest.skip(NO_TOOL)
-    return read(LIBRARY)
-
-
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
-def codes(architecture: str, library: dict[str, dict[Kernel, MachineCode]]) -> dict[Kernel, MachineCode]:
+def codes(architecture: str) -> dict[Kernel, MachineCode]:
     """The kernels of one architecture."""
-    found = library[architecture]
-    assert found, f"{LIBRARY.name} has no code for {architecture}: was TORCH_CUDA_ARCH_LIST set when it was built?"
-    return found
+    return codes_of(architecture)
 
 
 def test_every_kernel_is_there_for_every_dtype(codes: dict[Kernel, MachineCode]) -> None:
@@ -212,26 +202,16 @@ def test_the_predictions_in_the_docs_are_those_that_the_bench_prints() -> None:
     assert "\n".join(passes.table("float")) in DOCS.read_text()
 
 
-@pytest.fixture(scope="module")
-def of_chips() -> dict[str, dict[Kernel, MachineCode]]:
-    if not LIBRARY.exists() or find_cuobjdump() is None:
-        pytest.skip(f"{LIBRARY.name} was not built, or there is no cuobjdump")
-    return read(LIBRARY, [passes.architecture_of(chip) for chip in passes.CHIPS])
-
-
-def test_the_arithmetic_in_the_docs_is_that_of_the_machine_code(
-    of_chips: dict[str, dict[Kernel, MachineCode]],
-) -> None:
+def test_the_arithmetic_in_the_docs_is_that_of_the_machine_code() -> None:
+    of_chips = {architecture: codes_of(architecture) for architecture in map(passes.architecture_of, passes.CHIPS)}
     assert "\n".join(passes.arithmetic("float", of_chips)) in DOCS.read_text()
 
 
 @pytest.mark.parametrize("of_step", ["grad_norm", "perturb_", "check", "update_, lazy", "with the norm"])
 @pytest.mark.parametrize("chip", passes.CHIPS)
-def test_arithmetic_leaves_time_to_spare_beside_memory(
-    of_chips: dict[str, dict[Kernel, MachineCode]], chip: str, of_step: str
-) -> None:
+def test_arithmetic_leaves_time_to_spare_beside_memory(chip: str, of_step: str) -> None:
     kernel = passes.lazy_step("float")[of_step]
-    codes = of_chips[passes.architecture_of(chip)]
+    codes = codes_of(passes.architecture_of(chip))
     assert sum(passes.over_memory(passes.CHIPS[chip], codes[kernel])) <= MOST_ARITHMETIC
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,14 +44,18 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
-def build(csrc: Path = emulation.ROOT / "csrc", architecture: str = ARCHITECTURE) -> list[Path]:
-    """The PTX of every file in csrc/cuda; what was compiled before, from the same headers, is not compiled again."""
+CSRC = emulation.ROOT / "csrc"
+SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+
+
+def build(architecture: str, sources: Sequence[Path]) -> list[Path]:
+    """The PTX of files; what was compiled before, from the same headers, is not compiled again."""
     compiler = emulation.nvcc()
     assert compiler is not None, "nvcc was not found"
     command = (compiler, "-ptx", *FLAGS, f"-arch={architecture}", "-ccbin", emulation.compiler().split()[0])
     shared = hashlib.sha256("\0".join((*command[1:], _run(compiler, "--version"))).encode())
-    for header in sorted(csrc.rglob("*.h")):
-        shared.update(f"\0{header.relative_to(csrc)}\0".encode() + header.read_bytes())
+    for header in sorted(CSRC.rglob("*.h")):
+        shared.update(f"\0{header.relative_to(CSRC)}\0".encode() + header.read_bytes())
 
     def compile_one(source: Path) -> Path:
         key = shared.copy()
@@ -57,19 +63,42 @@ def build(csrc: Path = emulation.ROOT / "csrc", architecture: str = ARCHITECTURE
         path = BUILD / f"{source.stem}-{architecture}-{key.hexdigest()[:32]}.ptx"
         if not path.exists():
             unfinished = path.with_suffix(f".{os.getpid()}")
-            _run(*command, f"-I{csrc}", str(source), "-o", str(unfinished))
+            _run(*command, f"-I{CSRC}", str(source), "-o", str(unfinished))
             unfinished.rename(path)
         return path
 
     with turn(BUILD), ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(compile_one, sorted((csrc / "cuda").glob("*.cu"))))
+        return list(pool.map(compile_one, sources))
 
 
 @functools.cache
-def kernels(architecture: str = ARCHITECTURE) -> dict[str, ptxrun.Kernel]:
-    """Every kernel of csrc/cuda by its mangled name."""
-    modules = [ptxrun.load(path.read_text()) for path in build(architecture=architecture)]
-    return {name: module[name] for module in modules for name in module.kernels()}
+def _module(source: Path, architecture: str) -> Any:
+    # Of the usual architecture all are needed before long, and compiled side by side; of another one few.
+    paths = build(architecture, SOURCES if architecture == ARCHITECTURE else [source])
+    (path,) = [path for path in paths if path.name.startswith(f"{source.stem}-")]
+    return ptxrun.load(path.read_text())
+
+
+@functools.cache
+def _source_of(kernel: str) -> Path:
+    """The file of a kernel, by its mangled name."""
+    (found,) = [
+        source
+        for source in SOURCES
+        for name in re.findall(r"\b(\w+_kernel)\(const __grid_constant__", source.read_text())
+        if kernel.startswith(f"_ZN6sassha4cuda{len(name)}{name}")
+    ]
+    return found
+
+
+def kernel(name: str, architecture: str) -> ptxrun.Kernel:
+    """A kernel of csrc/cuda by its mangled name."""
+    return _module(_source_of(name), architecture)[name]
+
+
+def kernels() -> set[str]:
+    """The mangled names of every kernel of csrc/cuda."""
+    return {name for source in SOURCES for name in _module(source, ARCHITECTURE).kernels()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,7 +133,7 @@ class Backend:
             return None if result is None else result.clone()
 
     def _launch(self, memory: arena.Memory, launch: emulation.Launch) -> None:
-        kernel = kernels(self.architecture)[launch.name]
-        stats = kernel.launch(launch.blocks, launch.threads, [launch.arguments], memory, **arena.CHECKS)
+        code = kernel(launch.name, self.architecture)
+        stats = code.launch(launch.blocks, launch.threads, [launch.arguments], memory, **arena.CHECKS)
         if self.runs is not None:
             self.runs.append(arena.Run(launch.name, launch.blocks, launch.threads, stats))
