@@ -24,6 +24,7 @@ from tqdm import tqdm
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 # Those that get every variant; the others all but float16, which bfloat16 differs from in conversions alone, and the
 # power 1, whose kernels are those of the square root less the root.
+# What a direction adds to a step shows in float32: of float64 and bfloat16 they get one step for each use of D.
 WHOLE_TARGETS = ("sm_90", "gfx942")
 INDEX = "index.json"
 
@@ -85,10 +86,18 @@ def is_nvidia(target: str) -> bool:
 
 def variants(target: str) -> Iterator[Variant]:
     """What is compiled for a target of the kernels that the operators launch, with the tiles that they get there."""
+    steps_found = set()
     for variant in _every_variant(32 if is_nvidia(target) else 64):
         constants = variant.constants
-        if target in WHOLE_TARGETS or (constants.get("DTYPE") != "fp16" and constants.get("KIND") != 1):
-            yield variant
+        if target not in WHOLE_TARGETS:
+            if constants.get("DTYPE") == "fp16" or constants.get("KIND") == 1:
+                continue
+            if variant.kernel == "update_kernel" and constants["DTYPE"] != "fp32":
+                step = constants["DTYPE"], constants["SECOND"]
+                if step in steps_found:
+                    continue
+                steps_found.add(step)
+        yield variant
 
 
 def _every_variant(warp_size: int) -> Iterator[Variant]:
