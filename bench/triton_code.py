@@ -24,7 +24,8 @@ from tqdm import tqdm
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 # Those that get every variant; the others all but float16, which bfloat16 differs from in conversions alone, and the
 # power 1, whose kernels are those of the square root less the root.
-# What a direction adds to a step shows in float32: of float64 and bfloat16 they get one step for each use of D.
+# What a direction adds to a step shows in float32: of float64 and bfloat16 they get one step for each use of D. And
+# what the norm of m adds to a step shows at the square root.
 WHOLE_TARGETS = ("sm_90", "gfx942")
 INDEX = "index.json"
 
@@ -91,6 +92,8 @@ def variants(target: str) -> Iterator[Variant]:
         constants = variant.constants
         if target not in WHOLE_TARGETS:
             if constants.get("DTYPE") == "fp16" or constants.get("KIND") == 1:
+                continue
+            if constants.get("SUMS", 0) and KINDS[constants["KIND"]] == "general":
                 continue
             if variant.kernel == "update_kernel" and constants["DTYPE"] != "fp32":
                 step = constants["DTYPE"], constants["SECOND"]

@@ -154,7 +154,7 @@ def shifted_pointers(arguments: bytes, shift: int) -> bytes:
     whole = len(arguments) // 8 * 8
     words = np.frombuffer(arguments[:whole], np.int64).copy()
     # Below are counts beside the upper half of a pointer that was there before.
-    pointers = (words >= ptxrun.GBASE + 4096) & (words < ptxrun.GBASE + arena.ARENA_BYTES)
+    pointers = (words >= ptxrun.GBASE + 256) & (words < ptxrun.GBASE + arena.ARENA_BYTES)
     assert pointers.any()
     words[pointers] += shift
     return words.tobytes() + arguments[whole:]
