@@ -111,11 +111,13 @@ _ARITHMETIC = re.compile(
     r"\b(?:(?:add|sub|mul|fma|div|rcp|sqrt|rsqrt|neg|abs|min|max|setp)(?:\.\w+)*\.f64|cvt(?:\.\w+)*\.f64(?:\.\w+)?)\s"
 )
 # So many that each block has several chunks or tiles, and with twice as many there are no more blocks.
-SIZE = 1 << 16
+SIZE = 1 << 14
+# On which Triton starts so few programs too.
+MULTIPROCESSORS = 2
 
 
 @pytest.fixture
-def executed(monkeypatch: pytest.MonkeyPatch) -> Iterator[collections.Counter[str]]:
+def executed(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[collections.Counter[str]]:
     """How often threads have executed each float64 instruction, by its text."""
     ptxrun = pytest.importorskip("ptxrun")
     counts: collections.Counter[str] = collections.Counter()
@@ -133,6 +135,8 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> Iterator[collections.Counter[st
             return launch(kernel, *arguments, **options)
 
     monkeypatch.setattr(ptxrun.Kernel, "launch", launch_counted)
+    if backend == "triton_ptx":
+        monkeypatch.setattr(backends.executed(backend), "multiprocessors", MULTIPROCESSORS)
     yield counts
 
 
