@@ -56,10 +56,15 @@ def _thousand(dtype: torch.dtype) -> list[Spec]:
     return [Spec((1 + i % 3,), shift=i % 4) for i in range(1000)]
 
 
+def _several_tables(dtype: torch.dtype) -> list[Spec]:
+    # Where the emulation is slow, of one dtype: the tables are the same of all.
+    return many(40) if emulation.BACKEND in SLOW and dtype != torch.float32 else _thousand(dtype)
+
+
 # More than one table of CUDA's holds; more than a program of Triton's has rows of the counts, and than are searched at
 # once.
 OWN_LISTS: dict[str, dict[str, Specs]] = {
-    emulation.BACKEND: {"many tensors": _thousand},
+    emulation.BACKEND: {"many tensors": _several_tables},
     "cuda": {"many tensors": _thousand},
     "cuda_ptx": {"many tensors": _thousand},
     "triton_ptx": {"many tensors": lambda dtype: [Spec((7 * i % 150,), shift=i % 4) for i in range(150)]},
