@@ -192,7 +192,7 @@ def test_perturb_and_step_on_fake_cuda_tensors_read_no_value(
     opt = Sassha(groups, hessian_interval=2, backend=backend, **OPTIONS[name])
     if lr_device is not None:
         set_tensor_lr(opt, lr_device)
-    for due in (True, False, True, False):
+    for due in (True, False, True):
         for phase in (opt.perturb, opt.step):
             for param in params:
                 param.grad = torch.ones_like(param)
