@@ -77,6 +77,9 @@ STAYS = f"{MEMBERS}::test_an_average_whose_norm_is_not_finite_moves_no_weight"
 MEANS = f"{BLOCKS}::test_the_means_of_blocks_are_averaged_in"
 WRITTEN_OUT = f"{BLOCKS}::test_the_step_is_that_with_every_block_written_out"
 BLOCKS_BEYOND = f"{LONG}::test_blocks_reach_elements_beyond_32_bits"
+OF_AVERAGE = f"{FOLDER}/test_norm_of_average.py"
+NORM_STAYS = f"{OF_AVERAGE}::test_a_step_that_is_skipped_leaves_the_norm_as_it_was[cuda_emulated]"
+NORM_OF_TABLES = f"{OF_AVERAGE}::test_the_sums_of_several_tables_come_together[cuda_emulated]"
 OFFSETS = f"{TABLES}::test_offsets_off_the_boundaries_of_units_are_refused[0-1-perturb_]"
 
 
@@ -93,6 +96,7 @@ BOTH_FILES = (*INSPECT_FILE, *UPDATE_FILE)
 AVERAGE_FILE = ("cuda/block_average.cu",)
 SIGNS_FILE, ESTIMATE_FILE = ("cuda/rademacher.cu",), ("cuda/hutchinson.cu",)
 
+SKIPS = "if (a.skipped != nullptr && *a.skipped != 0) return;"
 SAVE = "if (backup != nullptr) store<Reuse::kLate>(w, at.length, vectors, backup);"
 RESTORE = "if (a.backup != nullptr || moved_along) restore(a);"
 EITHER = "a.backup != nullptr ? a.backup + at.flat : weights"
@@ -433,6 +437,8 @@ FAULTS = {
     "a shorter block takes from others": Fault(
         "block_average.cu", "if (distance < block) sums[0]", "sums[0]", (MEANS,), AVERAGE_FILE
     ),
+    "a skipped step takes the norm along": Fault("grad_norm.cu", SKIPS, "", (NORM_STAYS,), NORM_FILE),
+    "the last table's sums are all": Fault("update.cu", "? *sum : 0", "? 0 : 0", (NORM_OF_TABLES,), UPDATE_FILE),
     "sums are of products with their signs": Fault(
         "block_average.cu", "std::fabs(widen(products[j][i]))", "widen(products[j][i])", (MEANS,), AVERAGE_FILE
     ),

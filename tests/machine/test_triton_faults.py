@@ -46,6 +46,11 @@ VANISHING = node_of("perturb", "the_perturbation_of_a_vanishing_gradient_is_that
 OTHER_STRIDES = node_of("perturb", "gradients_may_have_other_strides_than_their_parameter", "transposed-sliced-float32")
 STANDSTILL = node_of("standstill", "one_bad_element_stops_every_tensor", "not adaptive-float32")
 NORM = node_of("norm", "norm_is_exact_to_a_few_ulp_of_float64", "adaptive-57 tensors-float32")
+NORM_STAYS = node_of("norm_of_average", "a_step_that_is_skipped_leaves_the_norm_as_it_was")
+SMALL_AVERAGE = (
+    "tests/operators/test_norm_of_average.py::test_the_norm_is_exact_over_the_range_of_every_average"
+    "[triton in float32-small-float32]"
+)
 SAME_PERTURB = node_of("agreement", "backends_perturb_to_the_same_bits", "not adaptive-57 tensors-bfloat16")
 SAME_UPDATE = node_of("agreement", "backends_update_to_the_same_bits", "update-0.5-not hessian-every layout-float32")
 SAME_FLOAT64 = node_of("agreement", "compiled_backends_update_float64_to_the_same_bits", "0.5")
@@ -264,6 +269,10 @@ FAULTS = {
     "w' is where the loss is higher": Fault(
         "arithmetic", "down, -inverse, inverse", "down, inverse, inverse", PERTURB_MODES
     ),
+    "a skipped step takes the norm along": Fault(
+        "norm", "(tl.pointer_type(tl.int64))) == 0", "(tl.pointer_type(tl.int64))) >= 0", NORM_STAYS
+    ),
+    "small squares of m are lost": Fault("running_squares", "if not reliable:", "if reliable:", SMALL_AVERAGE),
     "a norm that is not finite moves the weights": Fault(
         "perturb", "    if finite:\n", "    if begin < end:\n", STANDSTILL
     ),
