@@ -108,12 +108,14 @@ class Bucket:
 
     def note_norm_of(self, rows: Sequence[int]) -> None:
         """Notes that norm is that of these rows of exp_avg as they are now."""
-        self.norm_is_of = (rows, self.exp_avg._version)
+        if not self.exp_avg.is_inference():  # whose writes torch does not count
+            self.norm_is_of = (rows, self.exp_avg._version)
 
     def knows_norm_of(self, rows: Sequence[int]) -> bool:
         """Whether norm is what a step along these rows of exp_avg needs, to which nobody can have written since."""
-        plain = not self.settings.adaptive and not self.handed_out
-        return plain and self.norm_is_of == (rows, self.exp_avg._version)
+        if self.norm_is_of is None or self.handed_out or self.settings.adaptive:
+            return False
+        return self.norm_is_of == (rows, self.exp_avg._version)
 
     def state_of(self, row: int) -> dict[str, Tensor]:
         """One parameter's state, as views of the buffers."""

@@ -242,8 +242,8 @@ def update_(
                 changes.append((hessian, torch.where(finite, new_hessian, hessian)))
             new, new_average = updated(weight, gradient, average, new_hessian, row, shared)
             changes.append((target, torch.where(finite, new.to(w.dtype), old)))
-            changes.append((average, torch.where(finite, new_average, average)))
-            new_averages.append(new_average)
+            new_averages.append(torch.where(finite, new_average, average))
+            changes.append((average, new_averages[-1]))
         changes.append((steps[rows[i]], torch.where(finite, torch.stack([step[i], hessian_step[i]]), counts[i])))
     if exp_avg_norm is not None:
         changes.append((exp_avg_norm, torch.where(finite, _norm(new_averages), exp_avg_norm)))

@@ -128,19 +128,22 @@ class FlatState:
             for name, view in bucket.state_of(row).items()
         )
 
-    def hand_out(self) -> None:
-        """Somebody else has the state in hand, and may write to it in ways that torch does not count."""
+    def hand_out(self, states: States, handed_out: bool = True) -> None:
+        """Somebody else has the states in hand, and may write to them in ways that torch does not count."""
+        states.handed_out = handed_out
         for bucket in self.buckets:
-            bucket.handed_out = True
+            bucket.handed_out = handed_out
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
-        """For a copy of the state, which goes on from here by the same bits: from what both of them can measure."""
-        before = [(bucket, bucket.handed_out) for bucket in self.buckets]
-        yield
-        for bucket, handed_out in before:
-            bucket.handed_out = handed_out
-            bucket.norm_is_of = None
+    def lent(self, states: States) -> Iterator[None]:
+        """For a copy of the states, which goes on from here by the same bits: from what both of them can measure."""
+        handed_out = states.handed_out
+        try:
+            yield
+        finally:
+            self.hand_out(states, handed_out)
+            for bucket in self.buckets:
+                bucket.norm_is_of = None
 
     def lacks_hessian(self, params: Iterable[Tensor]) -> bool:
         """Whether one of these has never had a Hessian."""
@@ -165,6 +168,7 @@ class FlatState:
         for members in self._members(groups, saved, stateless):
             made.append(Bucket(members, [saved.get(m.param, {}) for m in members], self.backend, self.method))
         for bucket in made:
+            bucket.handed_out = states.handed_out
             for row, param in enumerate(bucket.params):
                 old = saved.get(param, {})
                 if old:

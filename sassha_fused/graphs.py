@@ -121,7 +121,7 @@ class GraphedStep:
         # that is no longer theirs.
         outdated = run.flat.is_outdated(optimizer.param_groups, run.states) or not run.flat.is_current()
         buckets = [] if outdated else run.flat.buckets
-        run.flat.hand_out()  # to the graphs
+        run.flat.hand_out(run.states)  # to the graphs
         if [*map(id, self._of)] != [*map(id, buckets)]:
             self._forget()
             self._of = list(buckets)

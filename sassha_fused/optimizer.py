@@ -208,7 +208,7 @@ class FusedOptimizer(Optimizer):
     @property
     def state(self) -> States:
         """For each parameter its state by name, as views of flat buffers. A dict that is put here is copied."""
-        self._run.flat.hand_out()
+        self._run.flat.hand_out(self._run.states)
         return self._run.states
 
     @state.setter
@@ -242,7 +242,7 @@ class FusedOptimizer(Optimizer):
         # Registered first, so that the user's hooks see what torch.load reads with weights_only.
         handle = self.register_state_dict_post_hook(checkpoint.with_plain_states, prepend=True)
         try:
-            with self._run.flat.lent():
+            with self._run.flat.lent(self._run.states):
                 return super().state_dict()
         finally:
             handle.remove()
@@ -277,10 +277,11 @@ class FusedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._leave_step("a copy of the optimizer")
         checkpoint.publish_counts(self.param_groups, self._run.counts)
-        flat = self._run.flat
-        with flat.lent():
-            states = defaultdict(dict, flat.written_out(self._run.states, lambda param: param))
-        return {**super().__getstate__(), "state": states, "_flat_state": (flat.backend, flat.method, self._run.hvp)}
+        flat, states = self._run.flat, self._run.states
+        written = defaultdict(dict, flat.written_out(states, lambda param: param))
+        with flat.lent(states):  # torch's reads them too
+            plain = super().__getstate__()
+        return {**plain, "state": written, "_flat_state": (flat.backend, flat.method, self._run.hvp)}
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -29,12 +29,17 @@ class ParameterState(dict[str, Any]):
 
 
 class States(defaultdict[Tensor, dict[str, Any]]):
-    """``opt.state``: a defaultdict that notes when its owner edits it. Copies and pickles are plain ones."""
+    """``opt.state``: a defaultdict that notes when its owner edits it. Copies and pickles are plain ones.
+
+    Attributes:
+        handed_out: whether anybody else has had it, and may write to its tensors, or to those that come later.
+    """
 
     def __init__(self, entries: Mapping[Tensor, dict[str, Any]]) -> None:
         super().__init__(dict, entries)
         self.edits = Edits()
         self.edits.made = True
+        self.handed_out = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return defaultdict, (dict, dict(self))

@@ -192,7 +192,7 @@ def update(
             summed = products[i] if products and averaged[i] is None else ()
             average = averaged[i] if products else None
             # Where exp_avg's norm is known of the same parameters it stays so, also if the device skips this step.
-            known = bucket.norm_is_of is not None and bucket.knows_norm_of(selection.rows)
+            known = bucket.norm_is_of is not None and bucket.knows_norm_of(selection.rows)  # no call for those without
             norm_of_next = bucket.norm if known and not summed else None
             flags = (guard_grads, backed_up, bucket.skipped)
             updates.append((norm_of_next, _prepared_update(selection, summed, average, norm_of_next, guards, *flags)))

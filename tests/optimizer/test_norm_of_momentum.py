@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -194,6 +195,52 @@ def test_who_has_had_the_state_has_it_measured_from_then_on() -> None:
             kept = [average(problem)]
         if step >= 4:
             kept[0].data.mul_(3)
+    assert_same(weights(problem.params), weights(expected.params))
+
+
+@pytest.mark.parametrize("laid_out_by", ["the first step", "a new group", "another momentum"])
+def test_who_has_had_the_state_before_it_was_laid_out_has_it_measured_too(laid_out_by: str) -> None:
+    def run() -> OfMember:
+        problem = OfMember("SAMSGD along momentum")
+        kept = problem.opt.state if laid_out_by == "the first step" else {}
+        for step in range(8):
+            problem.step()
+            if step == 1 and laid_out_by != "the first step":
+                kept = problem.opt.state
+                if laid_out_by == "a new group":
+                    added(problem)
+                else:
+                    problem.opt.param_groups[1]["momentum"] = 0.8
+            if step > 3:
+                kept[problem.params[1]]["momentum_buffer"].data.mul_(3)
+        return problem
+
+    with always_measured():
+        expected = run()
+    assert_same(weights(run().params), weights(expected.params))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps, lambda opt: opt.state_dict()])
+def test_after_a_copy_the_norm_is_measured_once(copied: Callable[[Any], Any]) -> None:
+    problem = OfMember("SAMSGD along momentum")
+    for _ in range(2):
+        problem.step()
+    copied(problem.opt)
+    with measurements() as found:
+        for _ in range(3):
+            problem.step()
+    assert found[0] == "measured" and found.count("measured") == 1
+
+
+def test_state_that_was_loaded_in_inference_mode_is_measured() -> None:
+    problem, expected = OfMember("SAMSGD along momentum"), OfMember("SAMSGD along momentum")
+    for step in range(5):
+        problem.step()
+        expected.step()
+        if step == 2:
+            state = problem.opt.state_dict()
+            with torch.inference_mode():
+                problem.opt.load_state_dict(state)
     assert_same(weights(problem.params), weights(expected.params))
 
 
