@@ -87,9 +87,10 @@ def test_nothing_is_compiled_anew_while_hyperparameters_steps_and_parameters_cha
         assert {key for step in steps for key in step} == first_cycles, name
         kinds[name] = len(first_cycles)
     # Sassha: norm in two stages, perturb_, signs, two samples, and inspection and update of each kind of step. MSassha
-    # has no norm but that of perturb_, and one sample, of which no sum is needed. AdaHessian's products are averaged by
+    # has no norm but that of perturb_, and one sample, of which no sum is needed; and, as SAMSGD here, an update that
+    # leaves m's norm, which has a stage of its own, beside those that do not. AdaHessian's products are averaged by
     # blocks, and its steps all of one kind then; SophiaH has products, whose signs count, and no perturb_.
-    assert kinds == {"Sassha": 10, "MSassha": 7, "SAMSGD": 4, "SAMAdamW": 4, "AdaHessian": 6, "SophiaH": 7}
+    assert kinds == {"Sassha": 10, "MSassha": 9, "SAMSGD": 6, "SAMAdamW": 4, "AdaHessian": 6, "SophiaH": 7}
 
 
 def test_importing_the_package_does_not_import_triton() -> None:
