@@ -44,8 +44,9 @@ SASSHA_LIBRARY(SASSHA_NAMESPACE, m) {
   // One step (csrc/math/sassha.h) from w = backup, or without backup from params; or with norm, that of perturb_ along
   // exp_avg, from what params were before it. products, if any, are this step's Hessian estimates; averaged, if any,
   // what block_average_ made of them. exp_avg_norm, if any and without products, <- the norm of exp_avg over these
-  // parameters, of which there is one at least. Where any of the scalars in guards, or if guard_grads any element of grads or products, is not finite:
-  // params <- w, skipped <- 1, and nothing else is written. norm and a guard may be exp_avg_norm itself.
+  // parameters, of which there is one at least. Where any of the scalars in guards, or if guard_grads any element of
+  // grads or products, is not finite: params <- w, skipped <- 1, and nothing else is written. norm and a guard may be
+  // exp_avg_norm itself.
   m.def(
       "update_(Tensor(a!)[] params, Tensor[] grads, Tensor[] products, Tensor? averaged, Tensor? backup, Tensor? norm, "
       "Tensor(b!) exp_avg, Tensor(c!)? exp_hessian, Tensor(d!)? exp_avg_norm, Tensor(e!) steps, Tensor(f!) skipped, "
