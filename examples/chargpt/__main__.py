@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from examples.chargpt import report
-from examples.chargpt.contenders import MSASSHA
+from examples.chargpt.contenders import ADAMW_LR, MSASSHA
 from examples.chargpt.seeds import THREADS, train_seeds
 from examples.chargpt.text import BATCH, CONTEXT, load
 
@@ -20,11 +20,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=2, help="runs of each optimizer, from seeds 0, 1, ...")
     parser.add_argument("--deviation", type=float, default=0.02, help="of the embeddings at the start; GPT-2's is .02")
+    parser.add_argument("--adamw-lr", type=float, nargs="+", default=[ADAMW_LR], help="the best of them counts")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the picture and the CSV file")
     arguments = parser.parse_args()
 
     text = load()
-    runs = train_seeds(arguments.steps, arguments.deviation, arguments.seeds)
+    runs = train_seeds(arguments.steps, arguments.deviation, arguments.seeds, arguments.adamw_lr)
     report.save(runs, arguments.output)
     print(
         f"""

@@ -24,13 +24,17 @@ def seconds(runs: Sequence[Run]) -> float:
     return mean(run.seconds for run in runs)
 
 
+def adamws(runs: Runs) -> list[str]:
+    return [name for name in runs if name.startswith(ADAMW)]
+
+
 def best_adamw(runs: Runs) -> str:
-    return min(ADAMW, key=lambda name: loss(runs[name]))
+    return min(adamws(runs), key=lambda name: loss(runs[name]))
 
 
 def times(runs: Runs) -> dict[str, float]:
     """Of each optimizer the time of its steps over that of AdamW's."""
-    unit = mean(seconds(runs[name]) for name in ADAMW)
+    unit = mean(seconds(runs[name]) for name in adamws(runs))
     return {name: seconds(of_seed) / unit for name, of_seed in runs.items()}
 
 
@@ -79,12 +83,12 @@ def save(runs: Runs, folder: Path) -> None:
 
 
 def _save_picture(runs: Runs, path: Path) -> None:
-    """Of AdamW's three learning rates the best alone."""
+    """Of AdamW's learning rates the best alone."""
     plt.rcParams.update({"font.size": 10, "legend.fontsize": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, (by_steps, by_time) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", sharey=True)
     relative = times(runs)
     steps = list(runs[MSASSHA][0].losses)
-    shown = [name for name in runs if name not in ADAMW or name == best_adamw(runs)]
+    shown = [name for name in runs if name not in adamws(runs) or name == best_adamw(runs)]
     for name in shown:
         curve = [mean(run.losses[step] for run in runs[name]) for step in steps]
         (line,) = by_steps.plot(steps, curve, marker=".", label=f"{name}: {curve[-1]:.3f}")

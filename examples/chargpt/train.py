@@ -17,7 +17,7 @@ from examples.memory import state_bytes
 
 WARMUP = 0.1  # of the steps
 LARGEST_NORM = 1.0
-VALIDATE_EVERY = 50
+VALIDATE_EVERY = 100
 
 
 @dataclass

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from examples.chargpt import text, train
-from examples.chargpt.contenders import CONTENDERS
+from examples.chargpt.contenders import contenders
 from tests.support.problems import single_threaded
 
 one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
@@ -29,8 +29,7 @@ def runs() -> dict[str, train.Run]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "BATCH", 2)
         patch.setattr(text, "VALIDATION_BATCHES", 2)
-        contenders = {name: CONTENDERS[name] for name in BYTES}
-        return train.train(contenders, text.of_string("in the beginning " * 100), STEPS, 0.02, 0, lambda: None)
+        return train.train(contenders(), text.of_string("in the beginning " * 100), STEPS, 0.02, 0, lambda: None)
 
 
 @pytest.mark.parametrize("name", BYTES)
@@ -57,12 +56,12 @@ def test_the_report_compares_with_the_best_adamw(tmp_path: Path) -> None:
     def run(loss: float, seconds: float) -> train.Run:
         return train.Run(parameters=10, losses={1: 4.0, 2: loss}, seconds=seconds, state_bytes=80)
 
-    both = {name: [run(1.8, 2.0), run(1.9, 2.0)] for name in CONTENDERS}
+    both = {name: [run(1.8, 2.0), run(1.9, 2.0)] for name in contenders([0.005, 0.01])}
     both["AdamW, lr 0.01"] = [run(1.7, 2.0), run(1.8, 2.0)]
     both["MSassha"] = [run(1.6, 3.0), run(1.85, 3.0)]
     report.save(both, tmp_path)
     (row,) = [line for line in report.table(both).splitlines() if line.startswith("MSassha  ")]
     assert row.split() == ["MSassha", "1.600", "1.850", "1.725", "1.50", "8.0"]
     assert "MSassha ends below AdamW, lr 0.01 on 1 of 2 seeds: -0.100, +0.050" in report.verdict(both)
-    assert len((tmp_path / "losses.csv").read_text().splitlines()) == 1 + 2 * 2 * len(CONTENDERS)
+    assert len((tmp_path / "losses.csv").read_text().splitlines()) == 1 + 2 * 2 * len(both)
     assert (tmp_path / "losses.png").stat().st_size > 10_000
