@@ -8,7 +8,8 @@ CXX_SOURCES := $(shell find csrc tests/support/cuda_emulation -name '*.cpp' -o -
 PYTHONS := python3.11 python3 python3.12 python3.13 python3.10
 # Of the tests: each has one thread, for more only get in each other's way. WORKERS=8 make test has more of them.
 WORKERS := 2
-TESTS := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist=worksteal --costs
+# Hundreds of processes import the tests: what Python compiles of them is kept.
+TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n $(WORKERS) --dist=worksteal --costs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -22,11 +22,13 @@ from typing import Any
 from tqdm import tqdm
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-# Those that get every variant; the others all but float16, which bfloat16 differs from in conversions alone, and the
+# The one that gets every variant; the others all but float16, which bfloat16 differs from in conversions alone, and the
 # power 1, whose kernels are those of the square root less the root.
 # What a direction adds to a step shows in float32: of float64 and bfloat16 they get one step for each use of D. And
 # what the norm of m adds to a step shows at the square root.
-WHOLE_TARGETS = ("sm_90", "gfx942")
+WHOLE_TARGET = "sm_90"
+# Whether a target is quick at float64, where not all of it are: sm_90 is, but tests execute there what slow chips run.
+QUICK_FLOAT64 = {"sm_120": (False,), WHOLE_TARGET: (True, False)}
 INDEX = "index.json"
 
 # By Triton's names; with the dtypes that the state of parameters has, and that of products.
@@ -88,9 +90,9 @@ def is_nvidia(target: str) -> bool:
 def variants(target: str) -> Iterator[Variant]:
     """What is compiled for a target of the kernels that the operators launch, with the tiles that they get there."""
     steps_found = set()
-    for variant in _every_variant(32 if is_nvidia(target) else 64):
+    for variant in _every_variant(target):
         constants = variant.constants
-        if target not in WHOLE_TARGETS:
+        if target != WHOLE_TARGET:
             if constants.get("DTYPE") == "fp16" or constants.get("KIND") == 1:
                 continue
             if constants.get("SUMS", 0) and KINDS[constants["KIND"]] == "general":
@@ -103,12 +105,13 @@ def variants(target: str) -> Iterator[Variant]:
         yield variant
 
 
-def _every_variant(warp_size: int) -> Iterator[Variant]:
+def _every_variant(target: str) -> Iterator[Variant]:
     import torch
 
     from sassha_fused.triton_kernels.launch import registers_for, tile_units
     from sassha_fused.triton_kernels.norm import streams_of_tile
 
+    warp_size = 32 if is_nvidia(target) else 64
     dtypes = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     yield Variant("norm_kernel", {}, 64)
     for dtype, state in STATES.items():
@@ -116,8 +119,7 @@ def _every_variant(warp_size: int) -> Iterator[Variant]:
         def units(streams: int) -> int:
             return tile_units(dtypes[dtype], streams, warp_size)
 
-        # Of AMD's devices none is slow at float64.
-        ways = (True,) if dtype == "fp64" or warp_size == 64 else (True, False)
+        ways = (True,) if dtype == "fp64" else QUICK_FLOAT64.get(target, (True,))
         for weighted, quick in itertools.product((False, True), ways):
             tile = units(streams_of_tile(dtypes[dtype], 1 + weighted, quick))
             constants = {"WEIGHTED": weighted, "QUICK_FLOAT64": quick, "DTYPE": dtype, "UNITS": tile}

@@ -16,7 +16,7 @@ import pytest
 from tests.machine.test_emulation import CSRC_VARIABLE, KEYWORD, OPTIONS
 from tests.support import emulation
 from tests.support.backends import marks_of
-from tests.support.faults import FAILED, plant
+from tests.support.faults import FAILED, UNEXPLAINED, plant
 from tests.support.forks import Forks
 
 pytestmark = marks_of(emulation.BACKEND)
@@ -481,7 +481,7 @@ def test_without_a_fault_the_same_tests_pass(
 def test_a_planted_fault_is_seen(forks: Forks, csrc: Path, name: str) -> None:
     fault = FAULTS[name]
     plant(csrc / "cuda" / fault.file, fault.right, fault.wrong)
-    code, printed = run(forks, fault.tests, csrc, fault.options, fault.compiled, fault.in_float32)
+    code, printed = run(forks, [UNEXPLAINED, *fault.tests], csrc, fault.options, fault.compiled, fault.in_float32)
     # The sanitizer ends the process with the same code as pytest does.
     reported = any(report in printed for report in ("1 failed", "runtime error:"))
     assert (code == FAILED and reported) or code < 0, f"exit code {code}\n{printed[-4000:]}"

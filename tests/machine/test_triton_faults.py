@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from tests.support.backends import BACKENDS
 from tests.support.emulation import ROOT
-from tests.support.faults import FAILED, KERNELS_VARIABLE, plant
+from tests.support.faults import FAILED, KERNELS_VARIABLE, UNEXPLAINED, plant
 from tests.support.forks import Forks
 
 pytestmark = [
@@ -327,5 +327,5 @@ def test_without_a_fault_the_same_tests_pass(forks: Forks, kernels: Path) -> Non
 def test_a_planted_fault_is_seen(forks: Forks, kernels: Path, name: str) -> None:
     fault = FAULTS[name]
     plant(kernels / f"{fault.file}.py", fault.right, fault.wrong)
-    code, printed = run(forks, kernels, [fault.test])
+    code, printed = run(forks, kernels, [UNEXPLAINED, fault.test])
     assert code == FAILED and "1 failed" in printed, f"exit code {code}\n{printed[-4000:]}"

@@ -40,6 +40,7 @@ def test_backends_perturb_to_the_same_bits(backend: str, dtype: torch.dtype, spe
 
 
 @each_backend_with(
+    few={"dtype": NARROW[:2]},
     without=[BASELINE],
     correction=BIAS_CORRECTIONS,
     power=POWERS,
@@ -56,6 +57,7 @@ def test_backends_update_to_the_same_bits(
 
 
 @each_backend_with(
+    few={"dtype": NARROW[:2]},
     without=[BASELINE],
     member=tuple(MEMBERS),
     maximize=(False, True),

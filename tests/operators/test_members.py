@@ -14,6 +14,7 @@ from tests.support.backends import BASELINE, device_of, each_backend_with
 from tests.support.calls import ADAHESSIAN, ADAM, MEMBERS, PLAIN, SOPHIA, run, update
 from tests.support.cases import (
     AVERAGE_ULPS,
+    BUT_FLOAT16,
     DTYPES,
     ULPS,
     UPDATE_ULPS,
@@ -34,7 +35,9 @@ from tests.support.reference import memory_order
 SQUARE_ULPS = AVERAGE_ULPS + 1
 
 
-@each_backend_with(maximize=(False, True), power=(1.0, 0.7), hessian=(False, True), dtype=DTYPES)
+@each_backend_with(
+    few={"dtype": BUT_FLOAT16}, maximize=(False, True), power=(1.0, 0.7), hessian=(False, True), dtype=DTYPES
+)
 def test_adahessian_averages_the_squares_of_products(
     backend: str, dtype: torch.dtype, hessian: bool, power: float, maximize: bool
 ) -> None:
@@ -43,7 +46,9 @@ def test_adahessian_averages_the_squares_of_products(
     check_update(backend, listed_case(backend, dtype, "every size"), hessian, hyper=hyper, formula=formula)
 
 
-@each_backend_with(maximize=(False, True), threshold=(0.0, 0.04, 30.0), hessian=(False, True), dtype=DTYPES)
+@each_backend_with(
+    few={"dtype": BUT_FLOAT16}, maximize=(False, True), threshold=(0.0, 0.04, 30.0), hessian=(False, True), dtype=DTYPES
+)
 def test_sophia_clips_the_quotient_and_averages_products_with_their_signs(
     backend: str, dtype: torch.dtype, hessian: bool, threshold: float, maximize: bool
 ) -> None:
@@ -56,7 +61,7 @@ def test_sophia_clips_the_quotient_and_averages_products_with_their_signs(
 
 
 @each_backend_with(
-    few={"power": (1.0,)},
+    few={"power": (1.0,), "specs": ("every size",), "dtype": BUT_FLOAT16},
     power=(1.0, 2.0, 1.4),
     maximize=(False, True),
     backup=(False, True),
@@ -78,7 +83,12 @@ def plain(backend: str, before: Case, hyper: dict[str, Any], *, backup: bool) ->
 
 
 @each_backend_with(
-    kind=("", "nesterov", "dampening"), first=(False, True), maximize=(False, True), backup=(False, True), dtype=DTYPES
+    few={"dtype": BUT_FLOAT16},
+    kind=("", "nesterov", "dampening"),
+    first=(False, True),
+    maximize=(False, True),
+    backup=(False, True),
+    dtype=DTYPES,
 )
 def test_a_plain_direction_is_that_of_sgd(
     backend: str, dtype: torch.dtype, kind: str, first: bool, maximize: bool, backup: bool
@@ -146,7 +156,12 @@ def from_order(values: Tensor, param: Tensor) -> Tensor:
     return result.view(param.shape)
 
 
-@each_backend_with(specs=("every size", "every layout", "many tensors"), maximize=(False, True), dtype=DTYPES)
+@each_backend_with(
+    few={"dtype": BUT_FLOAT16},
+    specs=("every size", "every layout", "many tensors"),
+    maximize=(False, True),
+    dtype=DTYPES,
+)
 def test_perturb_goes_along_exp_avg_the_other_way(backend: str, dtype: torch.dtype, specs: str, maximize: bool) -> None:
     before = listed_case(backend, dtype, specs)
     after = along_momentum(before, backend, {**MOMENTUM, "maximize": maximize}, 2.5, backup=True)

@@ -82,7 +82,8 @@ def test_norm_is_exact_over_the_range_of_every_dtype(
         )
         with summed(backend, quick):
             found = norm_of(backend, grads, weights, adaptive)
-            alone = [norm_of(backend, [g], [w], adaptive) for g, w in zip(grads[:3], weights[:3], strict=True)]
+            first = shorter(backend, 3, 1)
+            alone = [norm_of(backend, [g], [w], adaptive) for g, w in zip(grads[:first], weights[:first], strict=True)]
         exact = exact_sum_of_squares(grads, weights if adaptive else None)
         assert found == pytest.approx(math.sqrt(exact), rel=TOLERANCES[quick], abs=0)
         for norm, g, w in zip(alone, grads, weights, strict=False):
@@ -93,8 +94,9 @@ def test_norm_is_exact_over_the_range_of_every_dtype(
 @each_way
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_shows_among_numbers_of_every_size(backend: str, quick: bool, bad: float) -> None:
-    for dtype in DTYPES:
-        for others in (0.0, 1e-6, 1.0, float(torch.finfo(dtype).max)):
+    for dtype in shorter(backend, DTYPES, DTYPES[1:3]):
+        largest = float(torch.finfo(dtype).max)
+        for others in shorter(backend, (0.0, 1e-6, 1.0, largest), (0.0, largest)):
             for adaptive in (False, True):
                 grads = [torch.full((size,), others, dtype=dtype) for size in (1, 133, 5)]
                 grads[1][77] = bad

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.support.backends import device_of, each_backend_with, each_quick_backend, each_slow_backend
 from tests.support.calls import HYPER, run, run_measured_perturb
-from tests.support.cases import DTYPES, LAYOUTS, Spec, assert_same_bits, assert_same_case, make_case
+from tests.support.cases import BUT_FLOAT16, DTYPES, LAYOUTS, Spec, assert_same_bits, assert_same_case, make_case
 from tests.support.checks import check_perturb
 from tests.support.lists import LIST_NAMES, listed_case
 from tests.support.strategies import ANY_CASE, few_examples
@@ -22,13 +22,13 @@ def test_perturb_moves_every_element_by_the_formula_and_nothing_else(
     check_perturb(backend, listed_case(backend, dtype, specs), 7.3)
 
 
-@each_backend_with(adaptive=(False, True), maximize=(False, True), dtype=DTYPES)
+@each_backend_with(few={"dtype": BUT_FLOAT16}, adaptive=(False, True), maximize=(False, True), dtype=DTYPES)
 def test_perturb_is_the_formula_in_every_mode(backend: str, dtype: torch.dtype, adaptive: bool, maximize: bool) -> None:
     check_perturb(backend, listed_case(backend, dtype, "every size"), 0.37, 0.05, adaptive, maximize)
     check_perturb(backend, listed_case(backend, dtype, "every layout"), 1e3, 3.0, adaptive, maximize)
 
 
-@each_backend_with(adaptive=(False, True), dtype=DTYPES)
+@each_backend_with(few={"dtype": BUT_FLOAT16}, adaptive=(False, True), dtype=DTYPES)
 def test_perturb_measures_the_norm_that_grad_norm_does(backend: str, dtype: torch.dtype, adaptive: bool) -> None:
     for specs in ("every size", "every layout"):
         before = listed_case(backend, dtype, specs)
@@ -44,7 +44,7 @@ def test_perturb_measures_the_norm_that_grad_norm_does(backend: str, dtype: torc
         assert_same_case(measured, given)
 
 
-@each_backend_with(adaptive=(False, True), dtype=DTYPES)
+@each_backend_with(few={"dtype": BUT_FLOAT16}, adaptive=(False, True), dtype=DTYPES)
 def test_every_parameter_has_its_own_rho(backend: str, dtype: torch.dtype, adaptive: bool) -> None:
     specs = [Spec((n,)) for n in (1, 130, 0, 64, 700, 3)]
     rho = torch.tensor([0.2, 0.0, 1.0, 3.0, 0.05, 0.5], dtype=torch.float64)

@@ -5,7 +5,7 @@ import math
 import torch
 
 from tests.support.backends import each_backend_with
-from tests.support.cases import DTYPES, Case, Spec, make_case, many
+from tests.support.cases import BUT_FLOAT16, DTYPES, Case, Spec, make_case, many
 from tests.support.checks import check_standstill
 from tests.support.lists import listed_case, shorter
 
@@ -31,7 +31,7 @@ def spoilt(case: Case, bad: float) -> Case:
     return copy
 
 
-@each_backend_with(bad=NOT_FINITE, adaptive=(False, True), specs=LISTS, dtype=DTYPES)
+@each_backend_with(few={"dtype": BUT_FLOAT16}, bad=NOT_FINITE, adaptive=(False, True), specs=LISTS, dtype=DTYPES)
 def test_a_given_norm_that_is_not_finite_moves_no_weight(
     backend: str, dtype: torch.dtype, specs: str, bad: float, adaptive: bool
 ) -> None:
@@ -40,14 +40,14 @@ def test_a_given_norm_that_is_not_finite_moves_no_weight(
     check_standstill(backend, spoilt(case, bad), bad, False, adaptive)
 
 
-@each_backend_with(bad=NOT_FINITE, adaptive=(False, True), specs=LISTS, dtype=DTYPES)
+@each_backend_with(few={"dtype": BUT_FLOAT16}, bad=NOT_FINITE, adaptive=(False, True), specs=LISTS, dtype=DTYPES)
 def test_a_measured_norm_that_is_not_finite_moves_no_weight(
     backend: str, dtype: torch.dtype, specs: str, bad: float, adaptive: bool
 ) -> None:
     check_standstill(backend, spoilt(listed_case(backend, dtype, specs), bad), 1.0, True, adaptive)
 
 
-@each_backend_with(adaptive=(False, True), dtype=DTYPES)
+@each_backend_with(few={"dtype": BUT_FLOAT16}, adaptive=(False, True), dtype=DTYPES)
 def test_one_bad_element_stops_every_tensor(backend: str, dtype: torch.dtype, adaptive: bool) -> None:
     few = many(shorter(backend, 12, 5))
     case = with_negative_zeros(make_case(dtype, [*few, Spec((3, 4, 5, 5), "channels_last"), Spec((5, 6))]))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sassha_fused.checks import BIAS_CORRECTIONS
 from tests.support.backends import each_backend_with, each_quick_backend, each_slow_backend
 from tests.support.calls import POWERS
-from tests.support.cases import DTYPES, LAYOUTS, Spec, every_layout, make_case, many
+from tests.support.cases import BUT_FLOAT16, DTYPES, LAYOUTS, Spec, every_layout, make_case, many
 from tests.support.checks import check_update
 from tests.support.lists import LIST_NAMES, listed_case, shorter
 from tests.support.strategies import ANY_CASE, few_examples
@@ -25,7 +25,14 @@ def test_update_changes_every_element_by_the_formula_and_nothing_else(
     check_update(backend, listed_case(backend, dtype, specs), hessian)
 
 
-@each_backend_with(maximize=(False, True), correction=BIAS_CORRECTIONS, power=POWERS, hessian=KINDS, dtype=DTYPES)
+@each_backend_with(
+    few={"dtype": BUT_FLOAT16},
+    maximize=(False, True),
+    correction=BIAS_CORRECTIONS,
+    power=POWERS,
+    hessian=KINDS,
+    dtype=DTYPES,
+)
 def test_update_is_the_formula_in_every_mode(
     backend: str, dtype: torch.dtype, hessian: bool, power: float, correction: str, maximize: bool
 ) -> None:
@@ -58,7 +65,7 @@ UNUSUAL: tuple[dict[str, Any], ...] = (
 )
 
 
-@each_backend_with(hyper=UNUSUAL, hessian=KINDS, dtype=DTYPES)
+@each_backend_with(few={"dtype": BUT_FLOAT16}, hyper=UNUSUAL, hessian=KINDS, dtype=DTYPES)
 def test_update_is_the_formula_at_unusual_hyperparameters(
     backend: str, dtype: torch.dtype, hyper: dict[str, Any], hessian: bool
 ) -> None:
@@ -75,7 +82,7 @@ def test_counts_of_any_length_correct_the_bias(backend: str, steps: tuple[int, i
             check_update(backend, case, hessian=False, bias_correction=correction)
 
 
-@each_backend_with(correction=BIAS_CORRECTIONS, hessian=KINDS, dtype=DTYPES)
+@each_backend_with(few={"dtype": BUT_FLOAT16}, correction=BIAS_CORRECTIONS, hessian=KINDS, dtype=DTYPES)
 def test_every_parameter_has_its_own_learning_rate_and_decay(
     backend: str, dtype: torch.dtype, hessian: bool, correction: str
 ) -> None:
@@ -86,7 +93,7 @@ def test_every_parameter_has_its_own_learning_rate_and_decay(
     )
 
 
-@each_backend_with(power=POWERS, hessian=KINDS, dtype=DTYPES)
+@each_backend_with(few={"dtype": BUT_FLOAT16}, power=POWERS, hessian=KINDS, dtype=DTYPES)
 def test_without_a_backup_the_step_is_from_the_weights_themselves(
     backend: str, dtype: torch.dtype, hessian: bool, power: float
 ) -> None:

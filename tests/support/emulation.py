@@ -162,8 +162,8 @@ def _build(options: Sequence[str], changed: Path | None, only: Sequence[str]) ->
     names = ["schema.cpp", "cuda/torch.cpp", *(f"cuda/{path.name}" for path in sorted((csrc / "cuda").glob("*.cu")))]
     assert set(only) <= set(names)
     places = [(changed / name, changed, options) for name in only if changed is not None]
-    # Sanitizers that need no preloaded library cost time in other files, and find nothing there.
-    others = [option for option in options if not only or "sanitize" not in option]
+    # In what they have nothing to look at, faults and sanitizers change nothing.
+    others = PLAIN if only else options
     places += [(csrc / name, csrc, others) for name in names if name not in only]
     places += [(HERE / name, csrc, others) for name in ("scope.cpp", "control.cpp")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

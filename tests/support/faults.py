@@ -4,6 +4,8 @@ from pathlib import Path
 
 # What pytest returns where a test has failed; all above says that none was run.
 FAILED = 1
+# To write down why a test failed, as pytest does, takes longer than most of the tests.
+UNEXPLAINED = "--tb=no"
 
 # Names a folder with a copy of triton_kernels, for planted.py.
 KERNELS_VARIABLE = "SASSHA_TEST_TRITON_KERNELS"

@@ -1,4 +1,4 @@
-"""Which tests coverage does not trace, marked so: tracing an interpreter of kernels takes up to three times as long.
+"""Which tests coverage does not trace, marked so: tracing costs half as much again, and of an interpreter twice as much.
 
 They run by themselves, as make test does it: coverage that is stopped and started between tests has hung. Some tests of
 Triton trace the lines of its kernels, and those of its launcher.
@@ -10,17 +10,19 @@ import pytest
 
 # Those that run what is not Python, or an interpreter of it.
 _UNTRACED = {"cuda_emulated", "cuda_ptx", "triton_ptx"}
-# Of Triton's kernels, run as Python, these files are enough.
+# Of the operators, and of Triton's kernels run as Python, these files are enough: steps run them as well.
 _TRACED = {"test_guards.py", "test_schemas.py", "test_triton.py"}
 # Here it would be pip that is traced, or torch's own Python.
 _OF_OTHERS = {"test_packaging.py", "test_wheel.py", "test_fake_tensors.py"}
+# Of operators and machines above; and many kinds of one thing each, which other files have one of.
+_FOLDERS = {"operators", "machine", "kinds"}
 
 
 def _is_traced(item: pytest.Item) -> bool:
     backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")  # type: ignore[attr-defined]
     if item.path.name in _OF_OTHERS or backend in _UNTRACED:
         return False
-    return item.path.name in _TRACED or (item.path.parent.name != "machine" and backend != "triton")
+    return item.path.name in _TRACED or (item.path.parent.name not in _FOLDERS and backend != "triton")
 
 
 # Before pytest chooses by marks.
