@@ -34,7 +34,7 @@ def node_of(file: str, name: str, *case: str) -> str:
 
 UPDATE = node_of("update", "update_changes_every_element_by_the_formula_and_nothing_else", "hessian-57 tensors-float32")
 EVERY_POWER = node_of("update", "update_is_the_formula_at_every_power", "0.5-float32")
-UPDATE_MODES = node_of("update", "update_is_the_formula_in_every_mode", "maximize-update-0.5-not hessian-float32")
+UPDATE_MODES = node_of("update", "update_is_the_formula_in_every_mode", "maximize-none-0.5-not hessian-float32")
 OWN_RATE = node_of("update", "every_parameter_has_its_own_learning_rate_and_decay", "update-not hessian-float32")
 COUNTS = node_of("update", "counts_of_any_length_correct_the_bias", "(9, 1)")
 WITHOUT_BACKUP = node_of("update", "without_a_backup_the_step_is_from_the_weights_themselves", "0.5-hessian-float32")
@@ -52,7 +52,7 @@ SMALL_AVERAGE = (
     "[triton in float32-small-float32]"
 )
 SAME_PERTURB = node_of("agreement", "backends_perturb_to_the_same_bits", "not adaptive-57 tensors-bfloat16")
-SAME_UPDATE = node_of("agreement", "backends_update_to_the_same_bits", "update-0.5-not hessian-every layout-float32")
+SAME_UPDATE = node_of("agreement", "backends_update_to_the_same_bits", "step-0.5-not hessian-every layout-float32")
 SAME_FLOAT64 = node_of("agreement", "compiled_backends_update_float64_to_the_same_bits", "0.5")
 GUARDS = node_of("guards", "any_one_of_several_guards_skips_the_step")
 GRADIENTS = node_of(
@@ -65,18 +65,18 @@ MANY_ROWS = "tests/machine/test_triton.py::test_more_tensors_than_two_looks_at_t
 ADAHESSIAN = node_of("members", "adahessian_averages_the_squares_of_products", "not maximize-0.7-hessian-float32")
 SOPHIA, SOPHIA_UP = (
     node_of("members", "sophia_clips_the_quotient_and_averages_products_with_their_signs", case)
-    for case in ("not maximize-0.04-hessian-float32", "maximize-30.0-hessian-float64")
+    for case in ("not maximize-0.04-hessian-float32", "maximize-0.0-hessian-bfloat16")
 )
 ADAM = node_of(
-    "members", "adam_averages_the_squares_of_gradients_in_every_step", "1.0-maximize-not backup-every size-float32"
+    "members", "adam_averages_the_squares_of_gradients_in_every_step", "1.0-maximize-backup-every size-float32"
 )
 PLAIN, PLAIN_UP, NESTEROV, DAMPENED = (
     node_of("members", "a_plain_direction_is_that_of_sgd", case)
     for case in (
         "dampening-not first-not maximize-not backup-float32",
         "-first-maximize-backup-float32",
-        "nesterov-not first-not maximize-not backup-float32",
-        "dampening-first-maximize-backup-float64",
+        "nesterov-not first-maximize-not backup-float32",
+        "dampening-first-not maximize-backup-float64",
     )
 )
 ALONG = node_of("members", "perturb_goes_along_exp_avg_the_other_way", "many tensors-not maximize-float32")
@@ -89,9 +89,9 @@ MEANS = node_of("blocks", "the_means_of_blocks_are_averaged_in", "8-0.0-not squa
 LAZY_BLOCKS, AVERAGED, SKIPPED_BLOCKS = (
     node_of("blocks", "the_step_is_that_with_every_block_written_out", case)
     for case in (
-        "8-0.5-not average-not skip-float32",
-        "2-0.5-average-not skip-float32",
-        "128-0.5-average-skip-float64",
+        "8-0.7-not average-not skip-float32",
+        "2-1.0-average-not skip-float64",
+        "64-0.7-average-skip-float64",
     )
 )
 REFUSED = node_of(

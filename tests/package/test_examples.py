@@ -11,7 +11,7 @@ from tests.support.problems import single_threaded
 
 one_thread = pytest.fixture(autouse=True, scope="module")(single_threaded)
 
-STEPS = 20
+STEPS = 30
 # What AdamW, a perturbation and the curvature of all elements or of blocks add up to, and less than 1 for the rest.
 BYTES = {
     "AdamW, lr 0.005": 8,

@@ -1,4 +1,4 @@
-"""Which tests coverage does not trace, marked so: tracing costs half as much again, and of an interpreter twice as much.
+"""Which tests coverage does not trace, marked so: they would take half as long again, and interpreters far longer.
 
 They run by themselves, as make test does it: coverage that is stopped and started between tests has hung. Some tests of
 Triton trace the lines of its kernels, and those of its launcher.
