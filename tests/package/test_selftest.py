@@ -41,7 +41,8 @@ def test_the_bare_command_prints_versions_and_every_backend_with_its_reason(monk
     assert "eager   available" in printed
 
 
-@pytest.mark.parametrize("few", ["few_sizes", "few_backends"])
+# To trace those that are interpreted takes a minute.
+@pytest.mark.parametrize("few", [pytest.param("few_sizes", marks=pytest.mark.untraced), "few_backends"])
 def test_the_self_test_runs_every_operator_on_every_backend_here_and_passes(monkeypatch, capsys, request, few):
     request.getfixturevalue(few)
     assert run_command(monkeypatch, "selftest") == 0

@@ -11,7 +11,7 @@ import pytest
 # Those that run what is not Python, or an interpreter of it.
 _UNTRACED = {"cuda_emulated", "cuda_ptx", "triton_ptx"}
 # Of the operators, and of Triton's kernels run as Python, these files are enough: steps run them as well.
-_TRACED = {"test_guards.py", "test_schemas.py", "test_triton.py"}
+_TRACED = {"test_guards.py", "test_norm_of_average.py", "test_schemas.py", "test_triton.py"}
 # Here it would be pip that is traced, or torch's own Python.
 _OF_OTHERS = {"test_packaging.py", "test_wheel.py", "test_fake_tensors.py"}
 # Of operators and machines above; and many kinds of one thing each, which other files have one of.
