@@ -22,11 +22,12 @@ from typing import Any
 from tqdm import tqdm
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-# The one that gets every variant; the others all but float16, which bfloat16 differs from in conversions alone, and the
-# power 1, whose kernels are those of the square root less the root.
-# What a direction adds to a step shows in float32: of float64 and bfloat16 they get one step for each use of D. And
-# what the norm of m adds to a step shows at the square root.
+# The one that gets every variant; the others float32 and bfloat16 alone, and not the power 1, whose kernels are those
+# of the square root less the root.
+# What a direction adds to a step shows in float32: of bfloat16 they get one step for each use of D. And what the norm
+# of m adds to a step shows at the square root.
 WHOLE_TARGET = "sm_90"
+FEW_DTYPES = ("fp32", "bf16")
 # Whether a target is quick at float64, where not all of it are: sm_90 is, but tests execute there what slow chips run.
 QUICK_FLOAT64 = {"sm_120": (False,), WHOLE_TARGET: (True, False)}
 INDEX = "index.json"
@@ -93,7 +94,7 @@ def variants(target: str) -> Iterator[Variant]:
     for variant in _every_variant(target):
         constants = variant.constants
         if target != WHOLE_TARGET:
-            if constants.get("DTYPE") == "fp16" or constants.get("KIND") == 1:
+            if constants.get("DTYPE", "fp32") not in FEW_DTYPES or constants.get("KIND") == 1:
                 continue
             if constants.get("SUMS", 0) and KINDS[constants["KIND"]] == "general":
                 continue

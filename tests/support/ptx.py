@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sassha_fused.ops import NAMES, Operators
-from tests.support import arena, emulation
+from tests.support import arena, emulation, garbage
 from tests.support.turns import turn
 
 BUILD = emulation.ROOT / "build" / "ptx"
@@ -71,12 +71,18 @@ def build(architecture: str, sources: Sequence[Path]) -> list[Path]:
         return list(pool.map(compile_one, sources))
 
 
+_ENTRY = re.compile(r"^(?:\.\w+ )*\.entry (\w+)\(.*?^\}\n", re.MULTILINE | re.DOTALL)
+
+
 @functools.cache
-def _module(source: Path, architecture: str) -> Any:
+def _modules(source: Path, architecture: str) -> dict[str, str]:
+    """A module for each kernel of a file, by its mangled name: a launch sets up the registers of all its module's."""
     # Of the usual architecture all are needed before long, and compiled side by side; of another one few.
     paths = build(architecture, SOURCES if architecture == ARCHITECTURE else [source])
     (path,) = [path for path in paths if path.name.startswith(f"{source.stem}-")]
-    return ptxrun.load(path.read_text())
+    text = path.read_text()
+    shared = _ENTRY.sub("", text)
+    return {entry[1]: shared + entry[0] for entry in _ENTRY.finditer(text)}
 
 
 @functools.cache
@@ -91,14 +97,21 @@ def _source_of(kernel: str) -> Path:
     return found
 
 
+@functools.cache
+def _loaded(name: str, architecture: str) -> Any:
+    module = ptxrun.load(_modules(_source_of(name), architecture)[name])
+    garbage.keep()
+    return module
+
+
 def kernel(name: str, architecture: str) -> ptxrun.Kernel:
-    """A kernel of csrc/cuda by its mangled name."""
-    return _module(_source_of(name), architecture)[name]
+    """A kernel of csrc/cuda by its mangled name; a new one each time, for it holds the registers of its last launch."""
+    return _loaded(name, architecture)[name]
 
 
 def kernels() -> set[str]:
     """The mangled names of every kernel of csrc/cuda."""
-    return {name for source in SOURCES for name in _module(source, ARCHITECTURE).kernels()}
+    return {name for source in SOURCES for name in _modules(source, ARCHITECTURE)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

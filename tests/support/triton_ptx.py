@@ -32,7 +32,7 @@ from sassha_fused.ops import NAMES, Operators
 from sassha_fused.triton_kernels import block_average, hutchinson, norm, perturb, rademacher, update
 from sassha_fused.triton_kernels import launch as starting
 from sassha_fused.triton_kernels.table import Table
-from tests.support import arena
+from tests.support import arena, garbage
 from tests.support.turns import turn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,9 +73,15 @@ def compiled() -> dict[str, Compiled]:
 
 
 @functools.cache
+def _loaded(name: str) -> Any:
+    module = ptxrun.load((build() / compiled()[name].files["ptx"]).read_text())
+    garbage.keep()
+    return module
+
+
 def _kernel(name: str) -> ptxrun.Kernel:
-    entry = compiled()[name]
-    return ptxrun.load((build() / entry.files["ptx"]).read_text())[entry.symbol]
+    """A new one each time, for it holds the registers of its last launch."""
+    return _loaded(name)[compiled()[name].symbol]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

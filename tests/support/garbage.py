@@ -1,0 +1,23 @@
+"""What stays to the end of a run, such as torch and the tests themselves: no collection of garbage looks through it."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+
+def keep() -> None:
+    """Takes what there is now out of all collections to come."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    keep()
+
+
+def pytest_sessionfinish() -> None:
+    # Extension modules complain of what they find at the end.
+    gc.unfreeze()
