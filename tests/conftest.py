@@ -12,7 +12,7 @@ from tests.support.costs import (  # noqa: F401
     pytest_runtest_makereport,
     pytest_terminal_summary,
 )
-from tests.support.garbage import pytest_runtestloop, pytest_sessionfinish  # noqa: F401
+from tests.support.garbage import pytest_runtestloop  # noqa: F401
 from tests.support.tracing import pytest_collection_modifyitems  # noqa: F401
 
 # No deadline: the first call of anything in torch is slow. In CI the examples are the same in every run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 
 import pytest
@@ -16,8 +17,5 @@ def keep() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop() -> None:
     keep()
-
-
-def pytest_sessionfinish() -> None:
-    # Extension modules complain of what they find at the end.
-    gc.unfreeze()
+    # Extension modules complain of what they find in the end; a fork of a process that has torch ends before.
+    atexit.register(gc.unfreeze)
