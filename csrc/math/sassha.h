@@ -210,7 +210,9 @@ template <class T>
 SASSHA_HOST_DEVICE T averaged_hessian(T exp_hessian, T hessian, const UpdateConstants<T>& c) {
   const T magnitude = c.is_signed != 0 ? hessian : std::fabs(hessian);
   const T square = magnitude * magnitude;
-  const T value = c.squares == 0 ? magnitude : square < kLargest<T> ? square : kLargest<T>;
+  // Whether it is used or not: g++ vectorises no condition within another.
+  const T finite = square < kLargest<T> ? square : kLargest<T>;
+  const T value = c.squares == 0 ? magnitude : finite;
   return average(exp_hessian, c.beta2, value, c.hessian_weight);
 }
 
