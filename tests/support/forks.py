@@ -6,7 +6,6 @@ run. What has to be there from the start, as a preloaded library, takes a proces
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
@@ -75,13 +74,15 @@ def main() -> None:
     import pytest
     import torch
 
+    from tests.support import garbage
+
     with suppress(ImportError):
         import triton.experimental.gluon  # noqa: F401  (as the first interpreted kernel does)
 
     torch.set_num_threads(1)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # the tests themselves
         pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "--capture=sys", "tests/operators"])
-    gc.freeze()  # or each fork would look through all of torch as it ends
+    garbage.keep()  # or each fork would look through all of torch as it ends
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         child = os.fork()
@@ -89,7 +90,6 @@ def main() -> None:
             _child(json.loads(line))
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
-    gc.unfreeze()
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ def keep() -> None:
     gc.freeze()
 
 
+# Extension modules complain of what they find in the end; a fork of a process that has torch ends before.
+atexit.register(gc.unfreeze)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop() -> None:
     keep()
-    # Extension modules complain of what they find in the end; a fork of a process that has torch ends before.
-    atexit.register(gc.unfreeze)

@@ -82,6 +82,7 @@ def _modules(source: Path, architecture: str) -> dict[str, str]:
     (path,) = [path for path in paths if path.name.startswith(f"{source.stem}-")]
     text = path.read_text()
     shared = _ENTRY.sub("", text)
+    assert ".entry" not in shared, f"{path.name} has a kernel that _ENTRY does not find"
     return {entry[1]: shared + entry[0] for entry in _ENTRY.finditer(text)}
 
 

@@ -15,14 +15,14 @@ _TRACED = {"test_guards.py", "test_norm_of_average.py", "test_schemas.py", "test
 # Here it would be pip that is traced, or torch's own Python.
 _OF_OTHERS = {"test_packaging.py", "test_wheel.py", "test_fake_tensors.py"}
 # Of operators and machines above; and many kinds of one thing each, which other files have one of.
-_FOLDERS = {"operators", "machine", "kinds"}
+_UNTRACED_FOLDERS = {"operators", "machine", "kinds"}
 
 
 def _is_traced(item: pytest.Item) -> bool:
     backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")  # type: ignore[attr-defined]
     if item.path.name in _OF_OTHERS or backend in _UNTRACED:
         return False
-    return item.path.name in _TRACED or (item.path.parent.name not in _FOLDERS and backend != "triton")
+    return item.path.name in _TRACED or (item.path.parent.name not in _UNTRACED_FOLDERS and backend != "triton")
 
 
 # Before pytest chooses by marks.
