@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functions
 from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -158,19 +159,22 @@ def building_graphs(around: Callable[[Tensor], AbstractContextManager[Any]] = nu
 
 def nodes_of(tensors: Iterable[Tensor]) -> list[Any]:
     """The nodes of the graph behind these, but for those inside reentrant checkpoints."""
-    nodes = list({tensor.grad_fn: None for tensor in tensors if tensor.grad_fn is not None})
-    seen = set(nodes)
+    seen = {tensor.grad_fn for tensor in tensors} - {None}
+    nodes: list[Any] = [*seen]
+    seen.add(None)
+    see, append = seen.add, nodes.append
     for node in nodes:
         for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                nodes.append(following)
+            if following not in seen:
+                see(following)
+                append(following)
     return nodes
 
 
 def leaves_of(nodes: Iterable[Any]) -> list[Tensor]:
     """The leaf tensors among them, which a backward gives gradients."""
-    return [node.variable for node in nodes if hasattr(node, "variable")]
+    accumulation = _functions.AccumulateGrad  # type: ignore[attr-defined]
+    return [node.variable for node in nodes if type(node) is accumulation]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ..flat import Groups
 from ..gradients import name_of, of_groups
 from ..hessian_pass import building_graphs, leaves_of, nodes_of, set_aside
 from ..passes import forget_copies
-from .exact import autograd_products
+from .exact import autograd_products, refuse_once_differentiable
 
 # Steps h relative to the weights: kinks spoil large ones, rounding small ones, and a missing part shows in all.
 _STEPS = (1e-2, 1e-3, 1e-4, 1e-5)
@@ -41,6 +41,7 @@ def check_products(closure: Callable[[], Any], groups: Groups, tolerance: float)
             gradients = _gradients(closure, params, outside, create_graph=True)
             reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
             signs = _signs(params)
+            refuse_once_differentiable(nodes_of(gradient for gradient in gradients if gradient is not None))
             exact = autograd_products(
                 [params[i] for i in reached],
                 [gradients[i] for i in reached],  # type: ignore[misc]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from ..hessian_pass import nodes_of
+from torch._C import _functions
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,6 @@ def autograd_products(
     if not curved:
         return [torch.zeros_like(z) for z in signs]
     try:
-        _refuse_once_differentiable([gradients[i] for i in curved])
         with _hooks_at_rest(params):
             return torch.autograd.grad(
                 [gradients[i] for i in curved],
@@ -65,13 +64,18 @@ def _hooks_at_rest(params: Sequence[Tensor]) -> Iterator[None]:
             hooks.update(entries)
 
 
-def _refuse_once_differentiable(gradients: Sequence[Tensor]) -> None:
-    # Torch raises where it comes to such a node, which it does not on its way to inputs that are asked for by name.
-    if any(node.name() == "Error" or type(node).__name__ == "Error" for node in nodes_of(gradients)):
-        raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+def refuse_once_differentiable(nodes: Iterable[Any]) -> None:
+    """RuntimeError where one of these, of the graph of gradients, is that of a function marked @once_differentiable.
+
+    Torch raises where it comes to such a node, which it does not on its way to inputs that are asked for by name.
+    """
+    if _functions.Error in set(map(type, nodes)):  # type: ignore[attr-defined]
+        raise RuntimeError(
+            with_way_out("trying to differentiate twice a function that was marked with @once_differentiable")
+        )
 
 
-def with_way_out(error: RuntimeError) -> str:
+def with_way_out(error: RuntimeError | str) -> str:
     """Torch's message of an operator that has no double backward, and what to do."""
     return (
         f"{error}\n\nThis was the double backward of a Hessian step of sassha_fused. Where it is an operator that "

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -28,7 +28,7 @@ from ..hessian_pass import (
 from ..run import Run
 from ..selection import Selection, with_gradients
 from .estimate import estimate
-from .exact import SOURCES
+from .exact import SOURCES, refuse_once_differentiable
 
 if TYPE_CHECKING:
     from ..step import Step
@@ -90,13 +90,6 @@ class Curvature:
         finally:
             detach(others)
 
-    def holds_weights_of(self, other: Step) -> bool:
-        """Whether the graph of gradients that wait for their products was built on the weights of the other."""
-        if not self._has_graphs():
-            return False
-        grads = [grad for selection in with_gradients(self.of) for grad in selection.grads]
-        return not set(of_groups(other.groups)).isdisjoint(leaves_of(nodes_of(grads)))
-
     def may_take(self) -> bool:
         """Whether the gradients that are there tell the Hessian, or have told it to another optimizer's step."""
         return self.taken or self._has_graphs() or (self._watch is not None and self._watch.saw_graph)
@@ -104,11 +97,20 @@ class Curvature:
     def _has_graphs(self) -> bool:
         return any(any(map(_requires_grad, selection.grads)) for selection in with_gradients(self.of))
 
-    def take(self, keep_graph: bool) -> Sequence[Selection]:
-        """Products from the gradients in .grad, of every parameter that takes part; returns these.
+    def graph(self) -> list[Any]:
+        """The nodes of the graph of the gradients in .grad."""
+        return nodes_of(grad for selection in with_gradients(self.of) for grad in selection.grads)
+
+    def take(self, graph: Sequence[Any], keep_graph: bool) -> None:
+        """Products from the gradients in .grad, of every parameter that takes part.
+
+        Args:
+            graph: the nodes of these gradients' graph.
+            keep_graph: whether another step needs it afterwards.
 
         Raises:
             ValueError: a gradient has no graph, and is not known to be that of a parameter that enters linearly.
+            RuntimeError: the graph cannot be differentiated.
         """
         with self._run.uninterrupted:  # hooks are moved about
             selections = with_gradients(self.of)
@@ -119,6 +121,7 @@ class Curvature:
                 self.number_evaluation()
                 samples, seed = (int(self._groups[0][name]) for name in ("hessian_samples", "seed"))
                 with passes.explaining_refusals(selections), twice_differentiable():
+                    refuse_once_differentiable(graph)
                     keeps_sign = self._run.flat.method.second_average == "signed"
                     products = estimate(SOURCES[self._run.hvp], selections, samples, seed, keeps_sign, keep_graph)
             elif selections:
@@ -126,7 +129,6 @@ class Curvature:
             self.products, self.taken = products, True
             self.end()
             self._took_part = [selection.with_grads(()) for selection in selections]
-            return selections
 
     def _notice_graph_in_vain(self) -> None:
         """Warns where a graph is built in step after step, for the first Hessian of what never has a gradient."""
@@ -183,19 +185,28 @@ def take_products(first: Step) -> None:
 
     So do other optimizers of the same loss whose weights are at w': all graphs hold the weights of all.
     """
-    waiting = [first] if first.awaits_products else []
+    waiting: list[tuple[Step, Curvature, list[Any]]] = []
+    if first.awaits_products and first.curvature:
+        waiting.append((first, first.curvature, first.curvature.graph()))
     for other in list(at_w_prime.steps):
-        if other is not first and other.curvature and other.curvature.holds_weights_of(first):
-            waiting.append(other)
-    taken = [step.curvature.take(step is not waiting[-1]) for step in waiting if step.curvature]
-    for step, selections in zip(waiting, taken, strict=True):
-        release_graphs(step, selections)
+        if other is first or other.curvature is None:
+            continue
+        graph = other.curvature.graph()
+        if not set(of_groups(first.groups)).isdisjoint(leaves_of(graph)):
+            waiting.append((other, other.curvature, graph))
+    for step, curvature, graph in waiting:
+        curvature.take(graph, keep_graph=step is not waiting[-1][0])
+    for step, _, graph in waiting:
+        _release(step, graph)
 
 
 def release_graphs(step: Step, selections: Sequence[Selection]) -> list[Selection]:
     """Lets go of the graph of a step's gradients, and of those that others have got of it; returns what is left."""
-    nodes = nodes_of(grad for selection in selections for grad in selection.grads)
+    _release(step, nodes_of(grad for selection in selections for grad in selection.grads))
+    return [selection.as_now() for selection in selections]
+
+
+def _release(step: Step, graph: Iterable[Any]) -> None:
     awaited = _about(other for other in at_w_prime.steps if other is not step)
     detach(of_groups(step.groups))
-    take_graphs(leaf for leaf in leaves_of(nodes) if leaf not in awaited)
-    return [selection.as_now() for selection in selections]
+    take_graphs(leaf for leaf in leaves_of(graph) if leaf not in awaited)
