@@ -62,13 +62,18 @@ def _sample(
         signs = [empty_dense(param) for param in selection.params]
         selection.bucket.operators.rademacher_(signs, selection.indices, seed, selection.bucket.evaluation, sample)
         probe += signs
-    found = list(source.products(params, gradients, probe, keep_graph))
-    for i, (z, product) in enumerate(zip(probe, found, strict=True)):
-        found[i] = _in_order_of(z, product)
-        if times_probe:  # not in place: what autograd gives may be one tensor twice, or the probe itself
-            found[i] = z * found[i]
-    products = iter(found)
+    found = list(map(_in_order_of, probe, source.products(params, gradients, probe, keep_graph)))
+    products = iter(_times(probe, found) if times_probe else found)
     return [[next(products) for _ in selection.params] for selection in selections]
+
+
+def _times(probe: list[Tensor], products: list[Tensor]) -> Sequence[Tensor]:
+    """z Hz, in the memory of z where it can be: a product may be a part of the probe, as where the Hessian is 1."""
+    memory_of_probe = {z.untyped_storage()._cdata for z in probe}
+    if not memory_of_probe.isdisjoint([product.untyped_storage()._cdata for product in products]):
+        return torch._foreach_mul(probe, products)
+    torch._foreach_mul_(probe, products)
+    return probe
 
 
 def _in_order_of(z: Tensor, product: Tensor) -> Tensor:
