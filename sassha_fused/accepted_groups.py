@@ -11,7 +11,7 @@ from .checks import check_groups, is_single
 from .method import Method
 
 _NUMBERS = ("lr", "eps", "weight_decay", "rho", "hessian_power", "momentum", "dampening", "clip_threshold")
-_INTEGERS = ("hessian_interval", "hessian_warmup", "hessian_samples", "seed", "hessian_block")
+_INTEGERS = ("hessian_interval", "hessian_warmup", "hessian_samples", "hessian_batches", "seed", "hessian_block")
 lr_of = itemgetter(0)  # of Method.values_of
 
 

@@ -24,7 +24,7 @@ BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # They belong to the schedule, to the random signs and to where the passes are taken, which are the optimizer's.
-SCHEDULE = ("hessian_interval", "hessian_warmup", "hessian_samples", "seed")
+SCHEDULE = ("hessian_interval", "hessian_warmup", "hessian_samples", "hessian_batches", "seed")
 SHARED = (*SCHEDULE, "ascent", "exact_restore")
 
 
@@ -85,6 +85,11 @@ def _check_fraction(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
 
 
+def _check_batches(name: str, value: Any) -> None:
+    if value is not None:
+        check_integer(name, value, smallest=1)
+
+
 def _check_block(name: str, value: Any) -> None:
     check_integer(name, value, smallest=1)
     if value not in BLOCKS:
@@ -107,6 +112,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "hessian_interval": partial(check_integer, smallest=1),
     "hessian_warmup": partial(check_integer, smallest=0),
     "hessian_samples": partial(check_integer, smallest=1, bits=32),
+    "hessian_batches": _check_batches,
     "seed": partial(check_integer, smallest=0),
     "bias_correction": partial(check_choice, choices=BIAS_CORRECTIONS),
     "adaptive": _check_bool,
@@ -200,14 +206,4 @@ def refuse_unperturbed(groups: Sequence[dict[str, Any]], along_momentum: bool) -
     raise ValueError(
         f"step() without perturb(), though rho is {rho}: the step takes its gradients at w', not at w. Give step() a "
         f"closure, or call perturb() {way}; or set rho to 0 in every group, and nothing is perturbed"
-    )
-
-
-def refuse_grad_scaler(optimizer: object) -> None:
-    """ValueError, after taking off the optimizer what a GradScaler leaves there and takes away if no error comes."""
-    for name in ("grad_scale", "found_inf"):
-        vars(optimizer).pop(name, None)
-    raise ValueError(
-        "GradScaler is not supported yet: its scale would stay in the Hessian. Use bfloat16 autocast, which needs no "
-        "scaler, or GradScaler(enabled=False)"
     )

@@ -119,14 +119,15 @@ class FlatState:
         """Whether every parameter still is as its state was made."""
         return all(bucket.is_current(row) for bucket in self.buckets for row in range(len(bucket.params)))
 
-    def is_replaced(self, states: States) -> bool:
-        """Whether somebody has put other state in the place of what lies here, beside entries of his own."""
-        return any(
-            not _is_view(states.get(param, {}).get(name), view)
-            for bucket in self.buckets
-            for row, param in enumerate(bucket.params)
-            for name, view in bucket.state_of(row).items()
-        )
+    def refuse_replaced(self, states: States) -> None:
+        """ValueError where somebody has put other state in the place of what lies here, beside entries of his own."""
+        for bucket in self.buckets:
+            for row, param in enumerate(bucket.params):
+                for name, view in bucket.state_of(row).items():
+                    if not _is_view(states.get(param, {}).get(name), view):
+                        raise ValueError(
+                            "opt.state was replaced between perturb() and step(): edit it before or after these two"
+                        )
 
     def hand_out(self, states: States, handed_out: bool = True) -> None:
         """Somebody else has the states in hand, and may write to them in ways that torch does not count."""

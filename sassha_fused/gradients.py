@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NoReturn
 
 from torch import Tensor
 
@@ -85,7 +86,15 @@ def refuse_accumulated(params: Iterable[Tensor]) -> None:
         if (grad := param.grad) is not None and getattr(grad, "_droppable_in_version", None) != grad._version:
             raise ValueError(
                 "step(closure) found gradients that it would drop: of a backward outside the closure, as in gradient "
-                "accumulation, which is not supported yet, or left by a step without a closure, this optimizer's or "
-                "another's. Have the closure return the sum of the losses of all micro-batches; or, if these gradients "
-                "are not needed, call opt.zero_grad() before step(closure)"
+                "accumulation, or left by a step without a closure, this optimizer's or another's. Several "
+                "micro-batches: opt.accumulate(closure) for all but the last, or opt.step([closure, closure, ...]). If "
+                "these gradients are not needed, call opt.zero_grad() before step(closure)"
             )
+
+
+def refuse_clearing() -> NoReturn:
+    """ValueError: the closure of a micro-batch has cleared the gradients of those before it."""
+    raise ValueError(
+        "the closure of a micro-batch has cleared the gradients of those before it: leave model.zero_grad() out of it; "
+        "the optimizer clears gradients, and its own zero_grad() does nothing there"
+    )

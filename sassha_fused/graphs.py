@@ -167,7 +167,7 @@ class GraphedStep:
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
             ):
-                loss = walk(step, self._closure, of_groups(optimizer.param_groups))
+                loss = walk(step, [self._closure], of_groups(optimizer.param_groups))
         except BaseException:
             step.give_up()
             optimizer.zero_grad()

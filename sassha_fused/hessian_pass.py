@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
+from .gradients import refuse_clearing
 from .interrupts import held_back
 
 NO_GRAPH = (
@@ -47,6 +48,7 @@ class GradientWatch:
         self._with_graph: set[Tensor] = set()
         self._without_grad_mode: set[Tensor] = set()
         self._arrived: set[Tensor] = set()
+        self._before: dict[Tensor, Tensor | None] = {}
         self._coming: dict[Tensor, tuple[bool, bool]] = {}
         self._handles = []
         for param in dict.fromkeys(params):  # one that is listed twice is one
@@ -54,7 +56,15 @@ class GradientWatch:
             _run_last_hook_first(param)
             self._handles.append(param.register_post_accumulate_grad_hook(self._note_arrived))
 
+    def next_micro_batch(self) -> None:
+        """What has arrived has had its products taken, and stays in .grad without a graph."""
+        self._before.update((param, param.grad) for param in self._arrived)
+        for noted in (self._with_graph, self._without_grad_mode, self._arrived):
+            noted.clear()
+
     def _note_coming(self, param: Tensor, gradient: Tensor) -> None:
+        if param in self._before and param.grad is not self._before.pop(param):
+            refuse_clearing()
         self._coming[param] = torch.is_grad_enabled(), gradient.requires_grad
 
     def _note_arrived(self, param: Tensor) -> None:
@@ -91,7 +101,7 @@ class GradientWatch:
                 "has lost its graph since it arrived: a hook or an assignment detached it, or it was computed anew "
                 "under no_grad (write into it in place, as clip_grad_norm_ does, or keep its graph)"
             )
-        if param not in self._arrived:
+        if param not in self._arrived and param not in self._before:
             return "was assigned without a graph"
         return None
 

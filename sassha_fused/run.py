@@ -17,6 +17,7 @@ from .gradients import of_groups
 from .hessian_pass import GradientWatch, building_graphs
 from .interrupts import uninterrupted
 from .parameter_state import States
+from .precision import LossScale
 
 if TYPE_CHECKING:
     from .step import Step
@@ -38,6 +39,7 @@ class Run:
         watch: hooks of a hessian_pass() that no step owns yet.
         others: parameters outside the optimizer that its losses reach, as the last Hessian pass found them.
         graphs_in_vain: steps that built a graph for the first Hessian of parameters that then had no gradient.
+        loss_scale: that of the step to come, where its scaler was given already.
     """
 
     flat: FlatState
@@ -50,6 +52,7 @@ class Run:
     watch: GradientWatch | None = None
     others: Sequence[Tensor] = ()
     graphs_in_vain: int = 0
+    loss_scale: LossScale | None = None
 
     def __post_init__(self) -> None:
         self.accepted = AcceptedGroups(self.flat.method)

@@ -114,3 +114,10 @@ def chosen(buckets: Sequence[Bucket], last: dict[Bucket, Selection], with_averag
 def with_gradients(selections: Sequence[Selection]) -> list[Selection]:
     """What of these selections has a gradient now, with it."""
     return [found for selection in selections if (found := selection.with_gradients()).grads]
+
+
+def others_than(selections: Sequence[Selection], of: Sequence[Selection]) -> list[Selection]:
+    """What is in the second of these, but not in the first, without gradients."""
+    known = {param for selection in selections for param in selection.params}
+    others = [(s, [i for i, param in enumerate(s.params) if param not in known]) for s in of]
+    return [selection.at(positions) for selection, positions in others if positions]

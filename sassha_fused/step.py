@@ -14,14 +14,14 @@ from torch import Tensor
 
 from . import passes
 from .accepted_groups import ascents_of, lr_of, refuse_other_ascents
-from .checks import is_single
 from .counts import StepTaken
 from .curvature.of_step import Curvature, at_w_prime, release_graphs, take_products
 from .flat import Groups
-from .gradients import drop_spent, of_groups, refuse_used
+from .gradients import refuse_used
 from .hessian_pass import building_graphs, set_aside
+from .micro_batches import MicroBatches
 from .run import Run
-from .selection import Selection, with_gradients
+from .selection import Selection, others_than, with_gradients
 
 _requires_grad = attrgetter("requires_grad")
 
@@ -61,6 +61,8 @@ class Step:
         groups: the optimizer's.
         perturbed: whether the weights are at w'.
         curvature: the Hessian's part, where the pass that comes next is that of a Hessian step.
+        scale: its loss scale, where it has one.
+        micro_batches: those of each pass.
     """
 
     def __init__(self, run: Run, groups: Groups) -> None:
@@ -72,6 +74,8 @@ class Step:
         self._along_momentum = run.flat.of_trained and not self._single
         self.perturbed = False
         self.curvature: Curvature | None = None
+        self.scale, run.loss_scale = run.loss_scale, None
+        self.micro_batches = MicroBatches()
         self._moved: list[Selection] = []
         self._versions: list[int] = []
         self._norm: Tensor | None = None
@@ -79,12 +83,8 @@ class Step:
         run.step, run.given_up = self, None
 
     @classmethod
-    def take_in_first_gradients(cls, run: Run, groups: Groups) -> None:
-        """Makes the step whose first gradients are in .grad, and takes it to w'; along exp_avg there are none."""
-        if along_momentum := run.flat.method.along_momentum(groups[0]):
-            drop_spent(of_groups(groups))
-        if not (along_momentum and is_single(groups)):
-            cls(run, groups).perturb()
+    def to_w_prime(cls, run: Run, groups: Groups) -> None:
+        cls(run, groups).perturb()
 
     def begin(self) -> None:
         """Before the first pass of a closure: where it is the only one, it may need a graph already."""
@@ -127,7 +127,7 @@ class Step:
         run = self.run
         try:
             with run.uninterrupted:
-                self._norm = self._with_current(self._perturb, self._along_momentum)
+                self._norm = self.with_current(self._perturb, self._along_momentum)
             if not self._moved:
                 return None if self._along_momentum else self.end()
             # Only now: the device has this step's first pass to work on while the host waits for the step before.
@@ -155,7 +155,7 @@ class Step:
                 self.perturbed = True
                 at_w_prime.steps.add(self)
 
-    def _with_current(self, act: Callable[[list[Selection]], Any], with_averages: bool = False) -> Any:
+    def with_current(self, act: Callable[[list[Selection]], Any], with_averages: bool = False) -> Any:
         """What act makes of what FlatState.select() finds, where the parameters are and as they are now."""
         run, flat = self.run, self.run.flat
         try:
@@ -171,17 +171,25 @@ class Step:
         if self.perturbed and not self._exact:
             refuse_other_ascents(self._ascents, self.groups)
         accept_edited(self.run, self.groups, movable=not self._moved)
-        selections = self._perturbed_and_back() if self._moved else self._with_current(self._at_w)
+        selections = self._perturbed_and_back() if self._moved else self.with_current(self._at_w)
         if not selections or self._norm is None:
             return self.end()
+        if self.scale is not None:
+            self.scale.settle(self.curvature is not None or self.is_second_pass, self._single)
         if self.curvature is not None or len(at_w_prime.steps) > 1:
             take_products(self)
             selections = [selection.as_now() for selection in selections]
         if any(any(map(_requires_grad, selection.grads)) for selection in selections):
             selections = release_graphs(self, selections)
-        products = self.curvature.products_of(selections) if self.curvature is not None else ()
+        products = (
+            self.curvature.products_of(selections, self.micro_batches.count) if self.curvature is not None else ()
+        )
+        if self.scale is not None:
+            products = self.scale.unscale(selections, products)
+            losses = [*losses, *self.scale.guards]
         with self.run.uninterrupted:
-            self._put_back_all_but(selections)
+            if self.perturbed and [len(s.params) for s in selections] != [len(s.params) for s in self._moved]:
+                self.put_back(others_than(selections, self._moved))  # the update restores those that it updates
             backed_up = bool(self._moved) and self._exact
             if not self._moved and len(selections) > 1:  # the update of one may go through before another's fails
                 passes.back_up(selections)
@@ -200,6 +208,8 @@ class Step:
                 grad._used_in_version = grad._version  # type: ignore[attr-defined]
             for selection in selections:
                 selection.grads = ()
+            if self.scale is not None:
+                self.scale.tell(selections[0].bucket.skipped)
             self.count(StepTaken(selections[0].bucket.skipped, selections, bool(products)))
             self.end()
 
@@ -210,9 +220,8 @@ class Step:
             raise ValueError(
                 "the weights were written between perturb() and step(): load or change them before or after these two"
             )
-        states = self.run.states
-        if states.edits.made and self.run.flat.is_replaced(states):
-            raise ValueError("opt.state was replaced between perturb() and step(): edit it before or after these two")
+        if self.run.states.edits.made:
+            self.run.flat.refuse_replaced(self.run.states)
         selections = with_gradients(self._moved)
         if not selections:
             raise ValueError(
@@ -236,7 +245,7 @@ class Step:
         return selections
 
     def count(self, taken: StepTaken) -> None:
-        """Has the step counted, once it is known whether the device has skipped it."""
+        """Has the step counted, once the device's verdict is known."""
         self.run.counts.count(taken)
 
     def restore(self) -> None:
@@ -289,12 +298,3 @@ class Step:
             self.perturbed = not self.perturbed
 
     put_back = staticmethod(passes.put_back)
-
-    def _put_back_all_but(self, selections: Sequence[Selection]) -> None:
-        """Restores what was perturbed and has no second gradient; the update restores the others itself."""
-        if not self._moved or [len(s.params) for s in selections] == [len(s.params) for s in self._moved]:
-            return
-        updated = {param for selection in selections for param in selection.params}
-        for selection in self._moved if self.perturbed else ():
-            if others := [i for i, param in enumerate(selection.params) if param not in updated]:
-                self.put_back([selection.at(others)])

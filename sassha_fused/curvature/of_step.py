@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -70,6 +71,7 @@ class Curvature:
         self._run, self._groups, self.of = run, groups, of
         self.products: passes.Products = ()
         self._took_part: Sequence[Selection] = ()
+        self._parts, self._sums = 0, dict[Tensor, Tensor]()
         self.taken = False
         self._watch, run.watch = run.watch, None
         if self._watch is None and SOURCES[run.hvp].needs_graph:
@@ -113,22 +115,46 @@ class Curvature:
             RuntimeError: the graph cannot be differentiated.
         """
         with self._run.uninterrupted:  # hooks are moved about
-            selections = with_gradients(self.of)
-            products: passes.Products = ()
-            if self._run.counts.next_is_scheduled(self._groups[0]) or any(s.lacks_hessian() for s in selections):
-                if SOURCES[self._run.hvp].needs_graph:
-                    self._refuse_lost_graphs(selections)
-                self.number_evaluation()
-                samples, seed = (int(self._groups[0][name]) for name in ("hessian_samples", "seed"))
-                with passes.explaining_refusals(selections), twice_differentiable():
-                    refuse_once_differentiable(graph)
-                    keeps_sign = self._run.flat.method.second_average == "signed"
-                    products = estimate(SOURCES[self._run.hvp], selections, samples, seed, keeps_sign, keep_graph)
-            elif selections:
-                self._notice_graph_in_vain()
-            self.products, self.taken = products, True
-            self.end()
-            self._took_part = [selection.with_grads(()) for selection in selections]
+            self._take(with_gradients(self.of), graph, keep_graph)
+            self._conclude()
+
+    def take_part(self, graph: Sequence[Any], is_last: bool) -> None:
+        """Adds the products of one of several micro-batches, with the same probe, as take() takes them of a batch.
+
+        is_last: whether no other is to come; where hessian_batches are fewer, the last of those is.
+        """
+        with self._run.uninterrupted:
+            self._take(with_gradients(self.of), graph, keep_graph=False)
+            for selection, products in zip(self._took_part, self.products, strict=False):
+                for param, product in zip(selection.params, products, strict=True):
+                    self._sums[param] = self._sums[param] + product if param in self._sums else product
+            self._parts += 1
+            if is_last or self._parts == self._groups[0]["hessian_batches"]:
+                self._conclude()
+
+    def _take(self, selections: Sequence[Selection], graph: Sequence[Any], keep_graph: bool) -> None:
+        self.products = ()
+        if self._run.counts.next_is_scheduled(self._groups[0]) or any(s.lacks_hessian() for s in selections):
+            if SOURCES[self._run.hvp].needs_graph:
+                self._refuse_lost_graphs(selections)
+            self.number_evaluation()
+            samples, seed = (int(self._groups[0][name]) for name in ("hessian_samples", "seed"))
+            with passes.explaining_refusals(selections), twice_differentiable():
+                refuse_once_differentiable(graph)
+                keeps_sign = self._run.flat.method.second_average == "signed"
+                self.products = estimate(SOURCES[self._run.hvp], selections, samples, seed, keeps_sign, keep_graph)
+        elif selections:
+            self._notice_graph_in_vain()
+        self._took_part = [selection.with_grads(()) for selection in selections]
+
+    def _conclude(self) -> None:
+        self.taken = True
+        self.end()
+
+    def expect_next(self) -> None:
+        """The graph of a micro-batch is gone; another one comes."""
+        if self._watch is not None and not self.taken:
+            self._watch.next_micro_batch()
 
     def _notice_graph_in_vain(self) -> None:
         """Warns where a graph is built in step after step, for the first Hessian of what never has a gradient."""
@@ -149,8 +175,11 @@ class Curvature:
         for bucket in self._run.flat.buckets:
             bucket.evaluation.fill_(self._run.counts.evaluations)
 
-    def products_of(self, selections: Sequence[Selection]) -> passes.Products:
+    def products_of(self, selections: Sequence[Selection], micro_batches: int) -> passes.Products:
         """The products that were taken of these; ValueError where they were taken of other parameters."""
+        if self._sums:
+            factor = micro_batches / self._parts
+            return [[self._sum_of(param, factor) for param in selection.params] for selection in selections]
         taken, now = ([(s.bucket, s.rows) for s in these] for these in (self._took_part, selections))
         if self.products and taken != now:
             raise ValueError(
@@ -158,6 +187,11 @@ class Curvature:
                 "parameters their gradients, or call restore() after the last backward"
             )
         return self.products
+
+    def _sum_of(self, param: Tensor, factor: float) -> Tensor:
+        if param not in self._sums:  # used by none of the micro-batches that products were taken of
+            return torch.zeros_like(param)
+        return self._sums[param] if factor == 1 else self._sums[param] * factor
 
     def _refuse_lost_graphs(self, selections: Sequence[Selection]) -> None:
         grads = [(param, grad) for s in selections for param, grad in zip(s.params, s.grads, strict=True)]
@@ -198,6 +232,27 @@ def take_products(first: Step) -> None:
         curvature.take(graph, keep_graph=step is not waiting[-1][0])
     for step, _, graph in waiting:
         _release(step, graph)
+
+
+def take_part(step: Step, is_last: bool) -> None:
+    """Takes the products of one of a step's micro-batches, and lets go of its graph.
+
+    Raises:
+        ValueError: another optimizer's weights are at w', whose products would have to be taken of the same graphs.
+    """
+    curvature = step.curvature
+    assert curvature is not None
+    if any(other is not step and other.awaits_products for other in at_w_prime.steps):
+        raise ValueError(
+            "a Hessian step of several micro-batches while another optimizer waits for its second backward: take the "
+            "steps one after the other, or the whole batch in one backward"
+        )
+    if not step.perturbed:
+        curvature.of = step.with_current(list)
+    graph = curvature.graph()
+    curvature.take_part(graph, is_last)
+    _release(step, graph)
+    curvature.expect_next()
 
 
 def release_graphs(step: Step, selections: Sequence[Selection]) -> list[Selection]:

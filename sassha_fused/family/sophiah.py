@@ -60,6 +60,7 @@ class SophiaH(FusedOptimizer):
         hessian_interval: int = 10,
         hessian_warmup: int = 0,
         hessian_samples: int = 1,
+        hessian_batches: int | None = None,
         hvp: str = "autograd",
         maximize: bool = False,
         seed: int = 0,
@@ -74,6 +75,7 @@ class SophiaH(FusedOptimizer):
             "hessian_interval": hessian_interval,
             "hessian_warmup": hessian_warmup,
             "hessian_samples": hessian_samples,
+            "hessian_batches": hessian_batches,
             "maximize": maximize,
             "seed": seed,
         }

@@ -87,6 +87,7 @@ def test_2_defaults_are_the_published_ones() -> None:
         "hessian_interval": 10,
         "hessian_warmup": 0,
         "hessian_samples": 1,
+        "hessian_batches": None,
         "hessian_power": 0.5,
         "hessian_block": 1,
         "bias_correction": "step",
