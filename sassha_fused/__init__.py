@@ -3,6 +3,7 @@
 from .batch_norm import running_stats_once
 from .family import SAMSGD, AdaHessian, MSassha, SAMAdamW, Sassha, SophiaH
 from .ops import available_backends
+from .processes import data_parallel
 from .version import __version__
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "SophiaH",
     "__version__",
     "available_backends",
+    "data_parallel",
     "running_stats_once",
 ]

@@ -43,7 +43,7 @@ def walk(step: Step, closures: Sequence[Closure], params: Sequence[Tensor]) -> T
         if step.scale is not None:
             step.scale.next_pass()
         losses.append(_sum(_evaluate_each(step, every, params, ends=True)))
-    step.finish(losses)
+    step.finish(losses if step.run.processes is None else step.run.processes.agree(losses))
     mark_droppable(params)
     return losses[0]
 
@@ -66,9 +66,11 @@ def _evaluate_each(step: Step, closures: Sequence[Closure], params: Sequence[Ten
 
     ends: whether the last of these is the last of the pass.
     """
-    losses = []
+    losses, processes = [], step.run.processes
     for i, closure in enumerate(closures):
         is_last = ends and i == len(closures) - 1
+        if processes is not None:
+            processes.hold_back(not is_last)
         step.micro_batches.in_one_of_several = several = not is_last or step.micro_batches.arrivals is not None
         with step.around_pass():
             losses.append(evaluate(closure, params, step))
@@ -76,6 +78,10 @@ def _evaluate_each(step: Step, closures: Sequence[Closure], params: Sequence[Ten
         step.run.refuse_interference(step)
         if several:
             _take_in(step, params, is_last)
+    if processes is not None:
+        processes.hold_back(False)
+        if ends:
+            processes.refuse_unsynced()
     return losses
 
 

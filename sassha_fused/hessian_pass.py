@@ -18,6 +18,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.hooks import RemovableHandle
 
 from .gradients import refuse_clearing
 from .interrupts import held_back
@@ -44,13 +45,14 @@ class GradientWatch:
     what arrives tells which.
     """
 
-    def __init__(self, params: Iterable[Tensor]) -> None:
+    def __init__(self, params: Iterable[Tensor], others: Sequence[RemovableHandle] = ()) -> None:
+        """others: of hooks that are taken off with these."""
         self._with_graph: set[Tensor] = set()
         self._without_grad_mode: set[Tensor] = set()
         self._arrived: set[Tensor] = set()
         self._before: dict[Tensor, Tensor | None] = {}
         self._coming: dict[Tensor, tuple[bool, bool]] = {}
-        self._handles = []
+        self._handles = [*others]
         for param in dict.fromkeys(params):  # one that is listed twice is one
             self._handles.append(param.register_hook(functools.partial(self._note_coming, param)))
             _run_last_hook_first(param)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -33,8 +34,12 @@ class FusedOptimizer(SteppingOptimizer):
         method = replace(self.method, names=tuple(defaults))
         check_groups([defaults], method)
         show_no_warning_of_cycles()
-        self._run = Run(FlatState(backend, method), hvp)
+        self._begin_run(backend, method, hvp)
         super().__init__(params, defaults)
+
+    def _begin_run(self, backend: str, method: Method, hvp: str) -> None:
+        to_self = weakref.ref(self)
+        self._run = Run(FlatState(backend, method), hvp, groups=lambda: to_self().param_groups)  # type: ignore[union-attr]
 
     @property
     def state(self) -> States:
@@ -118,8 +123,7 @@ class FusedOptimizer(SteppingOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         if "_flat_state" in state:  # a copy, or what was pickled
-            backend, method, hvp = state.pop("_flat_state")
-            self._run = Run(FlatState(backend, method), hvp)
+            self._begin_run(*state.pop("_flat_state"))
         self.state = state.pop("state", self.state)
         super().__setstate__(state)
         run = self._run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from .hessian_pass import GradientWatch, building_graphs
 from .interrupts import uninterrupted
 from .parameter_state import States
 from .precision import LossScale
+from .processes import Replicas, refuse_unknown_modules
 
 if TYPE_CHECKING:
     from .step import Step
@@ -40,6 +41,8 @@ class Run:
         others: parameters outside the optimizer that its losses reach, as the last Hessian pass found them.
         graphs_in_vain: steps that built a graph for the first Hessian of parameters that then had no gradient.
         loss_scale: that of the step to come, where its scaler was given already.
+        processes: the replicas, where data_parallel() was called.
+        groups: the optimizer's.
     """
 
     flat: FlatState
@@ -53,6 +56,8 @@ class Run:
     others: Sequence[Tensor] = ()
     graphs_in_vain: int = 0
     loss_scale: LossScale | None = None
+    processes: Replicas | None = None
+    groups: Callable[[], Groups] = lambda: ()
 
     def __post_init__(self) -> None:
         self.accepted = AcceptedGroups(self.flat.method)
@@ -122,13 +127,24 @@ class Run:
     def only_pass(self, groups: Groups) -> Iterator[None]:
         """Around the pass of a Hessian step that is not perturbed, before there is a step."""
         with self.uninterrupted:
-            self.watch = self.watch or GradientWatch(param for param in of_groups(groups) if param.requires_grad)
+            self.watch = self.watch or self.new_watch(groups)
         try:
             with building_graphs():
                 yield
         except BaseException:
             self.forget_watch()
             raise
+
+    def new_watch(self, groups: Groups) -> GradientWatch:
+        """Hooks for the pass of a Hessian step."""
+        return GradientWatch((p for p in of_groups(groups) if p.requires_grad), refuse_unknown_modules(self))
+
+    @property
+    def builds_graph(self) -> bool:
+        """Whether the pass that comes next, or is under way, is that of a Hessian step."""
+        if self.step is not None:
+            return self.step.awaits_products
+        return is_single(self.groups()) and self.hessian_is_coming(self.groups())
 
     def forget_watch(self) -> None:
         """Takes off the hooks of an only pass whose gradients no step has used."""

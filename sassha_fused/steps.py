@@ -75,6 +75,8 @@ class SteppingOptimizer(Optimizer):
             drop_spent(of_groups(groups))
         if along_momentum and is_single(groups):
             return
+        if run.processes is not None and not along_momentum:
+            run.processes.refuse_unsynced()
         run.loss_scale = None if scaler is None else loss_scale(self, scaler, "perturb()")
         Step.to_w_prime(run, groups)
 
@@ -209,6 +211,8 @@ class SteppingOptimizer(Optimizer):
             return take(step, closures, params)
         except BaseException:
             step.micro_batches.in_one_of_several = False
+            if run.processes is not None:
+                run.processes.hold_back(False)
             self.zero_grad()  # lets go of a graph that the interrupted pass may have left
             raise
 
@@ -236,6 +240,8 @@ class SteppingOptimizer(Optimizer):
     def _finish(self) -> None:
         """The rest of a step in phase style, or the whole of one whose only pass is at w."""
         run = self._run
+        if run.processes is not None:
+            run.processes.refuse_unsynced()
         if run.step is not None:
             if run.step.micro_batches.closures:
                 raise ValueError("step() after accumulate() needs the closure of the last micro-batch")

@@ -19,7 +19,6 @@ from ..flat import Groups
 from ..gradients import detach, is_graph_taken, name_of, of_groups, take_graphs
 from ..hessian_pass import (
     NO_GRAPH,
-    GradientWatch,
     leaves_of,
     nodes_of,
     set_aside,
@@ -72,12 +71,19 @@ class Curvature:
         self.products: passes.Products = ()
         self._took_part: Sequence[Selection] = ()
         self._parts, self._sums = 0, dict[Tensor, Tensor]()
+        self._evaluated = False
         self.taken = False
         self._watch, run.watch = run.watch, None
         if self._watch is None and SOURCES[run.hvp].needs_graph:
-            self._watch = GradientWatch(param for param in of_groups(groups) if param.requires_grad)
+            self._watch = run.new_watch(groups)
         # No hook stays where the optimizer is dropped in the middle of a step.
-        self.end = weakref.finalize(self, self._watch.remove) if self._watch is not None else lambda: None
+        self._unwatch = weakref.finalize(self, self._watch.remove) if self._watch is not None else lambda: None
+
+    def end(self) -> None:
+        """No pass of this step is to come: its hooks go, and what else it holds of graphs."""
+        self._unwatch()
+        if self._run.processes is not None:
+            self._run.processes.let_go(of_groups(self._groups))
 
     @contextmanager
     def around_backward(self, step: Step, loss: Tensor) -> Iterator[None]:
@@ -96,12 +102,17 @@ class Curvature:
         """Whether the gradients that are there tell the Hessian, or have told it to another optimizer's step."""
         return self.taken or self._has_graphs() or (self._watch is not None and self._watch.saw_graph)
 
+    def _own(self) -> Sequence[Selection]:
+        """What takes part, with its gradients; of several replicas, with this one's."""
+        selections = with_gradients(self.of)
+        return selections if self._run.processes is None else self._run.processes.own(selections)
+
     def _has_graphs(self) -> bool:
-        return any(any(map(_requires_grad, selection.grads)) for selection in with_gradients(self.of))
+        return any(any(map(_requires_grad, selection.grads)) for selection in self._own())
 
     def graph(self) -> list[Any]:
-        """The nodes of the graph of the gradients in .grad."""
-        return nodes_of(grad for selection in with_gradients(self.of) for grad in selection.grads)
+        """The nodes of the graph of the gradients."""
+        return nodes_of(grad for selection in self._own() for grad in selection.grads)
 
     def take(self, graph: Sequence[Any], keep_graph: bool) -> None:
         """Products from the gradients in .grad, of every parameter that takes part.
@@ -115,7 +126,9 @@ class Curvature:
             RuntimeError: the graph cannot be differentiated.
         """
         with self._run.uninterrupted:  # hooks are moved about
-            self._take(with_gradients(self.of), graph, keep_graph)
+            self._take(graph, keep_graph)
+            if self._run.processes is not None:  # which may take products of other parameters each
+                self._add()
             self._conclude()
 
     def take_part(self, graph: Sequence[Any], is_last: bool) -> None:
@@ -124,28 +137,35 @@ class Curvature:
         is_last: whether no other is to come; where hessian_batches are fewer, the last of those is.
         """
         with self._run.uninterrupted:
-            self._take(with_gradients(self.of), graph, keep_graph=False)
-            for selection, products in zip(self._took_part, self.products, strict=False):
-                for param, product in zip(selection.params, products, strict=True):
-                    self._sums[param] = self._sums[param] + product if param in self._sums else product
-            self._parts += 1
+            self._take(graph, keep_graph=False)
+            self._add()
             if is_last or self._parts == self._groups[0]["hessian_batches"]:
                 self._conclude()
 
-    def _take(self, selections: Sequence[Selection], graph: Sequence[Any], keep_graph: bool) -> None:
+    def _take(self, graph: Sequence[Any], keep_graph: bool) -> None:
+        selections, own = with_gradients(self.of), self._own()
         self.products = ()
-        if self._run.counts.next_is_scheduled(self._groups[0]) or any(s.lacks_hessian() for s in selections):
+        self._evaluated = self._run.counts.next_is_scheduled(self._groups[0]) or any(
+            s.lacks_hessian() for s in selections
+        )
+        if self._evaluated and own:
             if SOURCES[self._run.hvp].needs_graph:
-                self._refuse_lost_graphs(selections)
+                self._refuse_lost_graphs(own)
             self.number_evaluation()
             samples, seed = (int(self._groups[0][name]) for name in ("hessian_samples", "seed"))
-            with passes.explaining_refusals(selections), twice_differentiable():
+            with passes.explaining_refusals(own), twice_differentiable():
                 refuse_once_differentiable(graph)
                 keeps_sign = self._run.flat.method.second_average == "signed"
-                self.products = estimate(SOURCES[self._run.hvp], selections, samples, seed, keeps_sign, keep_graph)
-        elif selections:
+                self.products = estimate(SOURCES[self._run.hvp], own, samples, seed, keeps_sign, keep_graph)
+        elif selections and not self._evaluated:
             self._notice_graph_in_vain()
-        self._took_part = [selection.with_grads(()) for selection in selections]
+        self._took_part = [selection.with_grads(()) for selection in own]
+
+    def _add(self) -> None:
+        for selection, products in zip(self._took_part, self.products, strict=False):
+            for param, product in zip(selection.params, products, strict=True):
+                self._sums[param] = self._sums[param] + product if param in self._sums else product
+        self._parts += 1
 
     def _conclude(self) -> None:
         self.taken = True
@@ -177,9 +197,11 @@ class Curvature:
 
     def products_of(self, selections: Sequence[Selection], micro_batches: int) -> passes.Products:
         """The products that were taken of these; ValueError where they were taken of other parameters."""
-        if self._sums:
-            factor = micro_batches / self._parts
-            return [[self._sum_of(param, factor) for param in selection.params] for selection in selections]
+        if self._parts:
+            factor, processes = micro_batches / self._parts, self._run.processes
+            whole = selections if self._evaluated else ()
+            sums = [[self._sum_of(param, factor) for param in selection.params] for selection in whole]
+            return sums if processes is None or not sums else processes.mean(sums)
         taken, now = ([(s.bucket, s.rows) for s in these] for these in (self._took_part, selections))
         if self.products and taken != now:
             raise ValueError(
