@@ -41,9 +41,9 @@ def check_and_protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     params = [param for group in optimizer.param_groups for param in group["params"]]
     shapes = {key: param.shape for key, param in zip(keys, params, strict=False)}
-    for key, state in state_dict["state"].items():
-        if not state:
-            continue  # as somebody leaves it who only asks for it
+    # Under other keys lies what others have put there; empty is what somebody leaves who only asks for it.
+    own = {key: state for key, state in state_dict["state"].items() if key in shapes and state}
+    for key, state in own.items():
         missing = [name for name in method.states if name not in state]
         if missing:
             raise ValueError(
@@ -51,13 +51,13 @@ def check_and_protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[
                 f"{type(optimizer).__name__}?"
             )
         for name in method.averages:
-            if key in shapes and state[name].shape != shapes[key]:
+            if state[name].shape != shapes[key]:
                 raise ValueError(
                     f"state_dict: {name} of parameter {key!r} has shape {tuple(state[name].shape)}, the parameter "
                     f"{tuple(shapes[key])}"
                 )
-    states = {key: AsSaved(state) for key, state in state_dict["state"].items()}
-    return {**state_dict, "state": states, "param_groups": saved}
+    protected = {key: AsSaved(state) for key, state in own.items()}
+    return {**state_dict, "state": {**state_dict["state"], **protected}, "param_groups": saved}
 
 
 def take_in_saved(states: States, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ def publish_counts(groups: list[dict[str, Any]], counts: Counts) -> None:
 def counts_of(groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> tuple[int, int, int]:
     """The optimizer's counts as a state_dict has them; of an older one, which lacks steps, those of its parameters."""
     steps = [group["steps"] for group in groups if "steps" in group]
-    steps = steps or [int(state["step"]) for state in states.values() if "step" in state]
+    steps = steps or [int(states[p]["step"]) for p in states if isinstance(p, Tensor) and "step" in states[p]]
     return (
         max(steps, default=0),
         max((group.get("hessian_evaluations", 0) for group in groups), default=0),

@@ -190,10 +190,16 @@ class FlatState:
         self.laid_out = True
 
     def written_out(self, entries: dict[Any, dict[str, Any]], param_of: Callable[[Any], Any]) -> dict[Any, Any]:
-        """Entries of a state, by whatever key, as plain dicts; averages with a number for each element."""
+        """Entries of a state, by whatever key, as plain dicts; averages with a number for each element.
+
+        What others keep under keys of their own may be no dict, and stays as it is.
+        """
         at = {param: (bucket, row) for bucket in self.buckets for row, param in enumerate(bucket.params)}
-        written: dict[Any, dict[str, Any]] = {}
+        written: dict[Any, Any] = {}
         for key, state in entries.items():
+            if not isinstance(state, dict):
+                written[key] = state
+                continue
             bucket, row = at.get(param_of(key), (None, 0))
             known = bucket is not None and all(name in state for name in self.method.averages)
             written[key] = dict(bucket.with_every_element(row, state) if bucket and known else state)
@@ -205,7 +211,8 @@ class FlatState:
         Raises:
             ValueError: one is incomplete, or an average has another shape than its parameter.
         """
-        written = self.written_out(states, lambda param: param)
+        of_params = {param: state for param, state in states.items() if isinstance(param, Tensor)}
+        written = self.written_out(of_params, lambda param: param)
         complete = {p: state for p in written if (state := complete_state(written, p, self.method.states))}
         for param, state in complete.items():
             for name in self.method.averages:

@@ -17,6 +17,7 @@ Loss = Callable[[], Tensor]
 
 # By name: a member and options, every third step a Hessian step where there are any.
 MEMBERS: dict[str, tuple[type[FusedOptimizer], dict[str, Any]]] = {
+    "Sassha": (Sassha, {"lr": 0.05, "hessian_interval": 3}),
     "Sassha by blocks": (Sassha, {"lr": 0.05, "hessian_interval": 3, "hessian_block": 4}),
     "MSassha": (MSassha, {"lr": 0.05, "hessian_interval": 3}),
     "MSassha by blocks": (MSassha, {"lr": 0.05, "hessian_interval": 3, "hessian_block": 16, "exact_restore": False}),
