@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.support.problems import (
     BACKENDS,
@@ -45,18 +44,6 @@ def test_state_of_another_dtype_is_converted_to_the_parameters() -> None:
     other.opt.load_state_dict(problem.opt.state_dict())
     for param, source in zip(other.params, problem.params):
         assert_same(other.opt.state[param]["exp_avg"], problem.opt.state[source]["exp_avg"].double())
-
-
-@pytest.mark.parametrize("convert", [int, float, Tensor.float])
-def test_counts_may_come_as_numbers_or_other_tensors(convert: Callable[[Tensor], Any]) -> None:
-    problem = Problem().train(4)
-    state = copy.deepcopy(problem.opt.state_dict())
-    for values in state["state"].values():
-        for name in ("step", "hessian_step"):
-            values[name] = convert(values[name])
-    other = continued(problem, state)
-    assert_same(other.train(3).snapshot()["weights"], undisturbed(Problem, "cpu", 7)["weights"])
-    assert other.opt.state[other.params[0]]["step"].dtype == torch.int64
 
 
 @pytest.mark.parametrize("converted", [torch.float64, torch.bfloat16])

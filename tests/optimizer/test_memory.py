@@ -266,26 +266,6 @@ def test_beyond_parameters_and_gradients_a_run_keeps_two_averages_and_a_backup(
         assert abs(left - expected) <= SLACK
 
 
-def operators_only(params: list[Tensor], opt: Sassha) -> Callable[[], None]:
-    """perturb and step with gradients that are there already: what the optimizer itself takes."""
-    gradients = [torch.full_like(param, 0.5) for param in params]
-
-    def step() -> None:
-        for phase in (opt.perturb, opt.step):
-            for param, gradient in zip(params, gradients):
-                param.grad = gradient
-            phase()
-
-    return step
-
-
-def test_a_lazy_step_of_the_fused_kernels_takes_no_memory() -> None:
-    params, opt = separate("cpu")
-    opt.step(lambda: loss_of(params))
-    left, peak = allocated(operators_only(params, opt))
-    assert left <= SLACK and peak <= SLACK
-
-
 class Doubled(torch.autograd.Function):
     """w -> 2 w; its backward, the Hessian product of sum(w^2), holds nothing."""
 

@@ -1,60 +1,15 @@
-"""What torch holds its own optimizers to (its test/test_optim.py), where no other file here has it."""
-
-import math
-from collections.abc import Callable
-from typing import Any
+"""What torch's optimizers do beside what its generic tests ask of them, which stand in torch_optim/."""
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import lr_scheduler
 
 from sassha_fused import Sassha
-from tests.support.problems import BACKENDS, STYLES, Problem, assert_differ, assert_same, undisturbed, weights
-from tests.support.reference import ReferenceSassha
+from tests.support.generic import regression
+from tests.support.problems import BACKENDS, STYLES, Problem, assert_same, undisturbed, weights
 
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 all_styles = pytest.mark.parametrize("style", STYLES)
-SCHEDULERS: dict[str, Callable[[Sassha], Any]] = {
-    "none": lambda opt: None,
-    "StepLR": lambda opt: lr_scheduler.StepLR(opt, 5, 0.9),
-    "ExponentialLR and StepLR": lambda opt: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.ExponentialLR(opt, 0.99), lr_scheduler.StepLR(opt, 10, 0.99)]
-    ),
-    "LinearLR": lambda opt: lr_scheduler.LinearLR(opt, 0.4, total_iters=4),
-    "CosineAnnealingWarmRestarts": lambda opt: lr_scheduler.CosineAnnealingWarmRestarts(opt, 10),
-    "OneCycleLR": lambda opt: lr_scheduler.OneCycleLR(opt, 0.05, total_steps=30),
-    "CyclicLR": lambda opt: lr_scheduler.CyclicLR(opt, 0.01, 0.05, 5, cycle_momentum=True),
-    "ReduceLROnPlateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, patience=3),
-}
-
-
-def regression(contiguous: bool) -> tuple[nn.Parameter, nn.Parameter, Callable[[], Tensor]]:
-    """A weight and a bias, slices of larger memory where not contiguous, and a loss."""
-    generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(10, 5, 2, generator=generator), torch.randn(10, 2, generator=generator)
-    weight, bias = (nn.Parameter(t[..., 0].contiguous() if contiguous else t[..., 0]) for t in (weight, bias))
-    assert weight.is_contiguous() == bias.is_contiguous() == contiguous
-    inputs = torch.randn(5, generator=generator)
-    return weight, bias, lambda: (weight.mv(inputs) + bias).square().sum()
-
-
-@both_backends
-@pytest.mark.parametrize("contiguous", [True, False])
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_it_goes_in_the_right_direction_with_each_scheduler(backend: str, contiguous: bool, name: str) -> None:
-    weight, bias, loss = regression(contiguous)
-    opt = Sassha([{"params": [weight]}, {"params": [bias], "lr": 0.01}], lr=0.02, hessian_interval=3, backend=backend)
-    scheduler = SCHEDULERS[name](opt)
-    start = loss().item()
-    for _ in range(20):
-        value = opt.step(loss)
-        if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
-            scheduler.step(value)
-        elif scheduler is not None:
-            scheduler.step()
-    assert loss().item() < 0.5 * start
-    assert weight.is_contiguous() == contiguous
 
 
 @both_backends
@@ -62,7 +17,7 @@ def test_it_goes_in_the_right_direction_with_each_scheduler(backend: str, contig
 def test_strides_with_gaps_change_no_number(backend: str, style: str) -> None:
     results = []
     for contiguous in (True, False):
-        weight, bias, loss = regression(contiguous)
+        (weight, bias), loss = regression(contiguous)
         opt = Sassha([weight, bias], lr=0.01, hessian_interval=2, hessian_samples=2, backend=backend)
         for _ in range(5):
             STYLES[style](opt, loss)
@@ -82,22 +37,6 @@ def test_weight_decay_acts_where_the_gradient_does_not(backend: str) -> None:
 
 
 @both_backends
-@all_styles
-@pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"hessian_samples": 3}], ids=str)
-def test_zero_gradients_move_nothing_and_count(backend: str, style: str, options: dict[str, Any]) -> None:
-    problem = Problem(backend, **options)
-    problem.opt.param_groups[1]["weight_decay"] = 0.0
-    before = weights(problem.params)
-    for _ in range(4):
-        STYLES[style](problem.opt, lambda: 0 * problem.loss())
-    assert_same(weights(problem.params), before)
-    for state in problem.opt.state.values():
-        assert int(state["step"]) == 4
-        assert not state["exp_avg"].any() and not state["exp_hessian"].any()
-    assert problem.opt.skipped_steps == 0
-
-
-@both_backends
 @pytest.mark.parametrize("steps", [0, 2])
 def test_a_step_without_gradients_does_nothing(backend: str, steps: int) -> None:
     problem = Problem(backend).train(steps)
@@ -107,97 +46,6 @@ def test_a_step_without_gradients_does_nothing(backend: str, steps: int) -> None
         assert_same(weights(problem.params), undisturbed(Problem, backend, steps)["weights"])
     assert not problem.opt.perturbed
     assert_same(problem.train(4).snapshot(), undisturbed(Problem, backend, steps + 4))
-
-
-@both_backends
-@pytest.mark.parametrize("style", ["closure", "standard"])
-def test_the_closure_is_called_twice_and_its_first_loss_returned(backend: str, style: str) -> None:
-    problem = Problem(backend)
-    losses: list[Tensor] = []
-
-    def loss() -> Tensor:
-        losses.append(problem.loss())
-        return losses[-1]
-
-    for t in range(4):
-        result = STYLES[style](problem.opt, loss)
-        assert len(losses) == 2 * (t + 1)
-        assert_same(result, losses[-2].detach())
-        assert not torch.equal(losses[-2], losses[-1])
-
-
-class Several(nn.Module):
-    """Parameters of every rank, of which one is frozen now and then."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        shapes: tuple[tuple[int, ...], ...] = ((), (3,), (4, 5), (2, 3, 4), (129,))
-        values = [torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype) for shape in shapes]
-        self.tensors = nn.ParameterList(values)
-
-    def loss(self, t: int) -> Tensor:
-        total = sum(((p.double() + t / 7).cos() * (i + 1)).sum() for i, p in enumerate(self.tensors))
-        return total + self.tensors[1].double().sum().sin() * self.tensors[0].double()
-
-
-def steps_of_every_kind(model: Several, opt: Any) -> list[list[Tensor]]:
-    """Seven steps, one without gradients, one parameter frozen and thawed; the weights after each."""
-    history = []
-    for t in range(7):
-        model.tensors[2].requires_grad_(t not in (2, 3))
-        if t == 4:
-            opt.zero_grad()
-            opt.perturb()
-            opt.restore()
-        else:
-            opt.step(lambda: model.loss(t))
-        history.append(weights(model.tensors))
-    return history
-
-
-HYPERPARAMETERS = {
-    "plain": {},
-    "three samples": {"hessian_samples": 3, "seed": 12345678901},
-    "adaptive": {"adaptive": True, "rho": 0.5, "weight_decay": 0.1},
-    "update": {"bias_correction": "update", "hessian_warmup": 2, "hessian_power": 1.0},
-    "maximize": {"maximize": True},
-}
-
-
-@both_backends
-@pytest.mark.parametrize("name", HYPERPARAMETERS)
-def test_seven_steps_match_the_per_tensor_loop(backend: str, name: str) -> None:
-    options = {"lr": 0.01, "hessian_interval": 3, **HYPERPARAMETERS[name]}
-    model, other = Several(torch.float64), Several(torch.float64)
-    opt = Sassha(model.parameters(), backend=backend, **options)
-    reference = ReferenceSassha(other.parameters(), **options)
-    ours, theirs = steps_of_every_kind(model, opt), steps_of_every_kind(other, reference)
-    for t in range(7):
-        torch.testing.assert_close(ours[t], theirs[t], rtol=1e-11, atol=1e-12)
-    for param, same in zip(model.parameters(), other.parameters()):
-        for key in ("exp_avg", "exp_hessian"):
-            torch.testing.assert_close(opt.state[param][key], reference.state[same][key], rtol=1e-10, atol=1e-12)
-        for key in ("step", "hessian_step"):
-            assert int(opt.state[param][key]) == reference.state[same][key]
-    assert opt.state_dict()["param_groups"][0]["hessian_evaluations"] == reference.hessian_evaluations
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", HYPERPARAMETERS)
-def test_the_backends_agree_over_seven_steps_and_bit_for_bit_up_to_float32(dtype: torch.dtype, name: str) -> None:
-    histories, states = [], []
-    for backend in BACKENDS:
-        model = Several(dtype)
-        opt = Sassha(model.parameters(), lr=0.01, hessian_interval=3, backend=backend, **HYPERPARAMETERS[name])
-        histories.append(steps_of_every_kind(model, opt))
-        states.append(opt.state_dict()["state"])
-    assert_differ(histories[0][0], histories[0][6])
-    if dtype == torch.float64:  # where the norm, also summed in float64, is not rounded once more
-        torch.testing.assert_close(histories[0], histories[1], rtol=1e-12, atol=1e-13)
-    else:
-        assert_same(histories[0], histories[1])
-        assert_same(states[0], states[1])
 
 
 @pytest.mark.slow
@@ -212,40 +60,6 @@ def test_a_large_tensor_is_stepped_as_its_pieces_are(backend: str) -> None:
             opt.step(lambda: torch.cat([param.view(-1) for param in params]).pow(4).sum())
     assert_same(whole.detach(), torch.cat(weights(parts)))
     assert not torch.equal(whole, values)
-
-
-@pytest.mark.parametrize("shape", [(300_001,), (70, 40, 50), (2, 100_000), (3, 64, 30, 30)], ids=str)
-def test_the_backends_agree_bit_for_bit_on_a_large_tensor(shape: tuple[int, ...]) -> None:
-    results = []
-    for backend in BACKENDS:
-        w = nn.Parameter(torch.linspace(-2, 2, math.prod(shape)).reshape(shape))
-        if len(shape) == 4:
-            w = nn.Parameter(w.detach().to(memory_format=torch.channels_last))
-        opt = Sassha([w], lr=0.01, hessian_interval=2, hessian_samples=2, backend=backend)
-        for _ in range(3):
-            opt.step(lambda: w.pow(4).mean() * 1000)
-        results.append([w.detach(), opt.state[w]["exp_avg"], opt.state[w]["exp_hessian"]])
-    assert_same(*results)
-
-
-@all_styles
-def test_meta_parameters_go_through_every_step_without_numbers(style: str) -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-        inputs = torch.empty(5, 3)
-    opt = Sassha(model.parameters(), hessian_interval=2)
-    for _ in range(4):
-        assert STYLES[style](opt, lambda: model(inputs).square().mean()).is_meta
-    assert all(value.is_meta for state in opt.state.values() for value in state.values())
-    assert opt.skipped_steps == 0
-
-
-def test_repr_shows_each_group_with_its_options() -> None:
-    text = repr(Problem(rho=0.125).opt)
-    assert text.startswith("Sassha (\nParameter Group 0\n")
-    assert "Parameter Group 1\n" in text
-    for line in ("lr: 0.05", "lr: 0.03", "rho: 0.125", "hessian_interval: 3", "bias_correction: step", "seed: 0"):
-        assert f"    {line}\n" in text
 
 
 def test_zero_grad_drops_gradients_or_makes_them_zero() -> None:
