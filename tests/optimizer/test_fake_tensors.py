@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sassha_fused import Sassha, ops
 from sassha_fused.curvature import exact
-from tests.support.members import MEMBERS, each_member
+from tests.support.members import ALONG_MOMENTUM, MEMBERS, each_member
 from tests.support.problems import BACKENDS, STYLES, Problem
 
 pytestmark = pytest.mark.slow
@@ -165,6 +165,15 @@ class Arrivals(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """As where torch has CUDA: the compiled operators then serve fake tensors through their fake kernels."""
+    monkeypatch.setitem(ops.BACKENDS, "cuda", replace(ops.BACKENDS["cuda"], missing=lambda: None))
+    if backend == "triton":
+        triton = pytest.importorskip("triton") and ops.BACKENDS["triton"]
+        monkeypatch.setitem(ops.BACKENDS, "triton", replace(triton, devices=None, missing=lambda: None))
+    monkeypatch.setitem(exact.SOURCES, "autograd", exact.HessianSource(ones, needs_graph=False))
+
+
 @pytest.mark.parametrize("backend", ["eager", "auto", "triton"])
 @pytest.mark.parametrize("name, lr_device", [*zip(OPTIONS, (None, "cpu", "cuda", "cuda"))])
 def test_perturb_and_step_on_fake_cuda_tensors_read_no_value(
@@ -175,12 +184,7 @@ def test_perturb_and_step_on_fake_cuda_tensors_read_no_value(
     name: str,
     lr_device: str | None,
 ) -> None:
-    # As where torch has CUDA: the compiled operators then serve fake tensors through their fake kernels.
-    monkeypatch.setitem(ops.BACKENDS, "cuda", replace(ops.BACKENDS["cuda"], missing=lambda: None))
-    if backend == "triton":
-        triton = pytest.importorskip("triton") and ops.BACKENDS["triton"]
-        monkeypatch.setitem(ops.BACKENDS, "triton", replace(triton, devices=None, missing=lambda: None))
-    monkeypatch.setitem(exact.SOURCES, "autograd", exact.HessianSource(ones, needs_graph=False))
+    pretend_cuda(monkeypatch, backend)
     params = [
         nn.Parameter(torch.ones(4, 5, device="cuda")),
         nn.Parameter(torch.ones((), device="cuda")),
@@ -217,3 +221,27 @@ def test_steps_of_every_member_read_no_value(fake: FakeTensorMode, backend: str,
     for _ in range(4):
         opt.step(lambda: (inputs @ weight.t() + bias).tanh().square().mean())
     assert all(isinstance(value, FakeTensor) for state in opt.state.values() for value in state.values())
+
+
+# Of plain torch no averages of blocks: more of what they call has bindings that refuse CUDA tensors.
+@pytest.mark.parametrize(
+    "backend, member",
+    [*(("auto", m) for m in MEMBERS), *(("eager", m) for m, (_, o) in MEMBERS.items() if "hessian_block" not in o)],
+)
+def test_every_member_steps_parameters_on_cpu_and_gpu_of_two_dtypes_and_reads_no_value(
+    fake: FakeTensorMode, bindings: None, monkeypatch: pytest.MonkeyPatch, backend: str, member: str
+) -> None:
+    pretend_cuda(monkeypatch, backend)
+    kind, options = MEMBERS[member]
+    places = [("cuda", torch.float32), ("cpu", torch.float32), ("cuda", torch.float64), ("cpu", torch.float64)]
+    params = [nn.Parameter(torch.ones(4, 5, device=device, dtype=dtype)) for device, dtype in places]
+    opt = kind(params, backend=backend, **options)
+    for _ in range(3):
+        for phase in (opt.perturb, opt.step) if "rho" in opt.defaults else (opt.step,):
+            for param in params:
+                param.grad = None if member in ALONG_MOMENTUM and phase == opt.perturb else torch.ones_like(param)
+            phase()
+        opt.zero_grad()
+    for param in params:
+        assert opt.state[param]["exp_avg" if "exp_avg" in opt.state[param] else "momentum_buffer"].dtype == param.dtype
+        assert all(value.device == param.device for value in opt.state[param].values())

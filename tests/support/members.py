@@ -34,7 +34,8 @@ each_member = pytest.mark.parametrize("member", MEMBERS)
 each_inexact = pytest.mark.parametrize(
     "member", [m for m, (_, o) in MEMBERS.items() if not o.get("exact_restore", True)]
 )
-each_along_momentum = pytest.mark.parametrize("member", [m for m in MEMBERS if "MSassha" in m or "along" in m])
+ALONG_MOMENTUM = [m for m, (kind, o) in MEMBERS.items() if kind is MSassha or o.get("ascent") == "momentum"]
+each_along_momentum = pytest.mark.parametrize("member", ALONG_MOMENTUM)
 
 
 class OfMember(Problem):

@@ -14,7 +14,7 @@ from torch.optim import SGD, lr_scheduler, swa_utils
 
 from tests.support.backends import QUICK, device_of, each_quick_backend, marks_of
 from tests.support.generic import INPUTS, each_input, inputs_of, make, regression, states_of
-from tests.support.members import MEMBERS, OfMember, each_member
+from tests.support.members import ALONG_MOMENTUM, MEMBERS, each_member
 from tests.support.problems import assert_differ, assert_same, single_threaded, weights
 
 one_thread = pytest.fixture(autouse=True)(single_threaded)
@@ -196,7 +196,7 @@ def test_a_step_returns_the_loss_of_its_first_pass(backend: str, member: str, sh
         losses.append(loss().reshape(shape))
         return losses[-1]
 
-    passes = 1 if OfMember(member).along_momentum or "rho" not in opt.defaults else 2
+    passes = 1 if member in ALONG_MOMENTUM or "rho" not in opt.defaults else 2
     for t in range(3):
         returned = opt.step(closure)
         assert len(losses) == (t + 1) * passes

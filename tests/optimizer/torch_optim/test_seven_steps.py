@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.optimizer.test_memory import SLACK, allocated
 from tests.support.backends import QUICK, device_of, each_of, each_quick_backend
 from tests.support.generic import Several, each_input, inputs_of, make, seven_steps, states_of
-from tests.support.members import MEMBERS, STYLES, OfMember, each_member
+from tests.support.members import ALONG_MOMENTUM, MEMBERS, STYLES, OfMember, each_member
 from tests.support.problems import BACKENDS, assert_differ, assert_same, single_threaded, weights
 from tests.support.reference_family import ReferenceMember
 
@@ -145,12 +145,11 @@ def test_a_lazy_step_of_the_fused_kernels_takes_no_memory(member: str) -> None:
     gradients = [torch.full_like(param, 0.5) for param in params]
     opt = make(member, params, backend="cpu")
     opt.step(lambda: torch.stack([param.square().sum() for param in params]).sum())
-    along_momentum = OfMember(member).along_momentum
 
     def step() -> None:
         for phase in (opt.perturb, opt.step) if "rho" in opt.defaults else (opt.step,):
             for param, gradient in zip(params, gradients):
-                param.grad = None if along_momentum and phase == opt.perturb else gradient
+                param.grad = None if member in ALONG_MOMENTUM and phase == opt.perturb else gradient
             phase()
 
     before = weights(params)
