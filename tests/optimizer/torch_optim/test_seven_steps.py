@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.optimizer.test_memory import SLACK, allocated
-from tests.support.backends import QUICK, device_of, each_of, each_quick_backend
+from tests.support.backends import QUICK, device_of, each_backend_and, each_of, each_quick_backend
 from tests.support.generic import Several, each_input, inputs_of, make, seven_steps, states_of
 from tests.support.members import ALONG_MOMENTUM, MEMBERS, STYLES, OfMember, each_member
 from tests.support.problems import BACKENDS, assert_differ, assert_same, single_threaded, weights
@@ -65,10 +65,9 @@ def test_seven_steps_are_those_of_the_per_tensor_loop(backend: str, member: str,
     assert not any(value.any() for value in of_idle.values())
 
 
-@each_of(name for name in QUICK if name != "eager")
-@pytest.mark.parametrize("member, dtype", KINDS)
-def test_the_backends_agree_bit_for_bit_in_every_dtype(backend: str, member: str, dtype: str) -> None:
-    found = []
+@each_backend_and("kind", KINDS, [kind for kind in KINDS if kind[1] == "float32"], without="eager", id_of="-".join)
+def test_the_backends_agree_bit_for_bit_in_every_dtype(backend: str, kind: tuple[str, str]) -> None:
+    (member, dtype), found = kind, []
     for name in ("eager", backend):
         model = Several(*DTYPES[dtype], device=device_of(backend))
         opt = make(member, model.parameters(), backend=name)
