@@ -61,6 +61,19 @@ def test_it_goes_in_the_right_direction(member: str, option: str, backend: str, 
     assert all(param.is_contiguous() == contiguous for param in params)
 
 
+@each_quick_backend
+@each_member
+def test_strides_with_gaps_change_no_number(backend: str, member: str) -> None:
+    found = []
+    for contiguous in (True, False):
+        params, loss = regression(contiguous, device_of(backend))
+        opt = make(member, params, lr=0.01, backend=backend)
+        for _ in range(5):
+            opt.step(loss)
+        found.append([[w.contiguous() for w in weights(params)], states_of(opt, params)])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 def test_no_scheduler_of_torch_is_missing() -> None:
     found = {
         name for name, kind in inspect.getmembers(lr_scheduler, inspect.isclass)

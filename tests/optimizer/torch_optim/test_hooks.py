@@ -84,6 +84,7 @@ def test_state_dict_hooks_run_around_it_and_see_each_others_work(member: str) ->
 
     def take_out(opt: Any, state: dict[str, Any]) -> dict[str, Any]:
         seen.append(state["state"].pop("note", None))
+        assert all(type(values) is dict for values in state["state"].values())
         return {**state, "taken": seen[-1]}
 
     opt.register_state_dict_post_hook(take_out)
@@ -103,6 +104,7 @@ def test_load_hooks_run_in_order_and_the_last_word_is_that_of_the_last(member: s
     rates = []
 
     def edit(opt: Any, state: dict[str, Any]) -> None:
+        assert all(type(values) is dict for values in state["state"].values())
         state["param_groups"][0]["lr"] = 0.002
 
     def replace(opt: Any, state: dict[str, Any]) -> dict[str, Any]:

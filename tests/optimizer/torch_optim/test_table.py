@@ -26,6 +26,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "test_forloop_goes_right_direction": (
         "test_directions::test_it_goes_in_the_right_direction",
         "test_directions::test_no_scheduler_of_torch_is_missing",
+        "test_directions::test_strides_with_gaps_change_no_number",
     ),
     "test_param_group_with_lrscheduler_goes_right_direction": (
         "test_torch_generic::test_schedulers_of_sgd_and_adam",
