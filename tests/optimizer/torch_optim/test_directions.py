@@ -126,10 +126,10 @@ def test_a_learning_rate_in_a_tensor_of_one_element_is_that_number(backend: str,
 
 
 @each_quick_backend
-@each_input
-def test_groups_are_optimizers_of_their_own_where_no_norm_is_shared(backend: str, member: str, option: str) -> None:
+@each_member
+def test_groups_are_optimizers_of_their_own_where_no_norm_is_shared(backend: str, member: str) -> None:
     # Where the loss is a sum over the elements, the signs of the Hessian have no influence.
-    arguments = {**inputs_of(member)[option], "backend": backend}
+    arguments = {**MEMBERS[member][1], "backend": backend}
     arguments |= {"rho": 0.0} if "rho" in make(member, [nn.Parameter(torch.ones(1))]).defaults else {}
     groups = [{}, {"lr": 0.001}, {"weight_decay": 0.3}, {"lr": 0.0}]
     generator = torch.Generator().manual_seed(0)
