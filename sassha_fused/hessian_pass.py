@@ -89,6 +89,10 @@ class GradientWatch:
         """Whether some backward pass has built the graph of its gradients."""
         return bool(self._arrived - self._without_grad_mode)
 
+    def has_seen(self, param: Tensor) -> bool:
+        """Whether some backward pass has given this parameter a gradient."""
+        return param in self._arrived
+
     def fault(self, param: Tensor, gradient: Tensor) -> str | None:
         """Why this gradient's curvature is not known; None where it is, that of a linear parameter being 0."""
         if param in self._without_grad_mode:
