@@ -134,13 +134,10 @@ class SASSHA(Sassha):
                 "which have served"
             )
         self.update_rho_t()
-        self._run.forget_watch()
         self.perturb()
         step = self._run.step
         if step is not None and step.curvature is not None:
-            step.curvature.end()
-            step.make_curvature(SummedCurvature)
-        self.zero_grad()
+            step.make_curvature(SummedCurvature)  # with a watch of its own, that sees the second pass alone
 
     def unperturb(self) -> None:
         """Takes the weights back to w, once the Hessian products that are due have been taken at w'."""

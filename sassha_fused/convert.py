@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ def warm_start(state_dict: StateDict, optimizer: FusedOptimizer, steps: int | No
             "state": {key: {**state, "step": torch.tensor(steps)} for key, state in state_dict["state"].items()},
         }
         if method.direction == "plain":
-            return _with_counts(state_dict, state_dict["param_groups"])
+            return state_dict
         average_of = _average_of_sgd
     else:
         raise ValueError(
@@ -143,8 +143,10 @@ def _started_anew(state_dict: StateDict, optimizer: FusedOptimizer, average_of: 
                 method.averages[0]: average,
                 method.averages[1]: torch.zeros_like(average),
             }
-    groups = [{**group, "params": their_group["params"]} for group, their_group in zip(own, theirs, strict=True)]
-    return _with_counts({"state": states}, groups)
+    counts = _counts(max((int(state["step"]) for state in states.values()), default=0), 0)
+    places = [group["params"] for group in theirs]
+    groups = [{**group, **counts, "params": keys} for group, keys in zip(own, places, strict=True)]
+    return {"state": states, "param_groups": groups}
 
 
 def _average_of_adam(state: dict[str, Any], group: dict[str, Any]) -> tuple[Tensor, float]:
@@ -154,11 +156,6 @@ def _average_of_adam(state: dict[str, Any], group: dict[str, Any]) -> tuple[Tens
 
 def _average_of_sgd(state: dict[str, Any], group: dict[str, Any]) -> tuple[Tensor, float]:
     return state["momentum_buffer"] * ((1 - group["momentum"]) / (1 - group["dampening"])), group["momentum"]
-
-
-def _with_counts(state_dict: StateDict, groups: Sequence[dict[str, Any]]) -> StateDict:
-    steps = max((int(state["step"]) for state in state_dict["state"].values()), default=0)
-    return {"state": state_dict["state"], "param_groups": [{**group, **_counts(steps, 0)} for group in groups]}
 
 
 def _counts(steps: int, evaluations: int) -> dict[str, int]:

@@ -96,6 +96,19 @@ def test_the_loop_for_gpt2_takes_the_steps_of_the_method(backend: str, samples: 
     assert opt._run.counts.catch_up() == 12
 
 
+def test_a_single_batch_needs_no_set_hessian() -> None:
+    mine, theirs = Training(), Training()
+    opt = SASSHA(mine.groups, lr=0.02, lazy_hessian=INTERVAL)
+    options = {"hessian_interval": INTERVAL, "rho": 0.0, "bias_correction": "none"}
+    reference = ReferenceSassha(theirs.groups, lr=0.02, **options)
+    for t in range(5):
+        backward(mine.loss(t), create_graph=True)
+        opt.step(t)
+        opt.zero_grad()
+        reference.step(lambda t=t: theirs.loss(t))
+        assert_states_close(mine.params, opt, theirs.params, reference, RTOL)
+
+
 @pytest.mark.parametrize("warmup", [-1, 100])
 def test_micro_batches_may_miss_parameters_and_parameters_may_enter_linearly(warmup: int) -> None:
     """Of experts each is in one micro-batch alone, and an offset has no curvature; at w as at w'."""
@@ -320,6 +333,18 @@ def test_a_copy_goes_on_bit_for_bit_with_the_schedule(again: Any, steps: int) ->
         image_step(copied, other, t)
     assert_same(weights(copied.params), weights(training.params))
     assert other.hessian_power_t == opt.hessian_power_t == power(steps + 4)
+
+
+def test_state_that_is_made_for_a_checkpoint_asks_no_scheduler() -> None:
+    training = Training()
+    opt = image(training)
+    opt.hessian_power_scheduler = Schedule(power)
+    for param in training.params:
+        param.grad = torch.zeros_like(param)
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    opt.step(closure=None)
+    assert len(opt.state) == 4 and opt.hessian_power_scheduler.t == 0
 
 
 def test_state_dict_has_the_second_average_by_its_published_name_too() -> None:
