@@ -14,6 +14,7 @@ from .convert import SECOND_AVERAGE, from_published, is_published
 from .curvature.summed import SummedCurvature
 from .family import Sassha
 from .gradients import detach, grads_of, of_groups
+from .hessian_pass import NO_GRAPH
 from .step import Step
 
 # What the kernels add to the norm by which they divide the gradient.
@@ -45,15 +46,20 @@ class SASSHA(Sassha):
         optimizer.zero_grad()
 
     That for GPT-2, with micro-batches, schedules of :math:`\rho` and :math:`\alpha`, and no bias correction. It is told
-    by its calls: ``rho_scheduler``, ``set_hessian()``, ``step(iter_num)``::
+    by its calls: ``rho_scheduler``, ``set_hessian()``, ``step(iter_num)``. A Hessian step, of which others leave out
+    ``zero_hessian``, ``create_graph`` and ``set_hessian``, is::
 
         optimizer.zero_hessian()
-        for x, y in batches:
-            (model(x, y) / len(batches)).backward(create_graph=True)
-            optimizer.set_hessian()                                     # on Hessian steps
-        optimizer.unperturb()                                           # after perturb_weights() and a second pass
+        for x, y in micro_batches:
+            (criterion(model(x), y) / len(micro_batches)).backward()
+        optimizer.perturb_weights()
+        for x, y in micro_batches:
+            (criterion(model(x), y) / len(micro_batches)).backward(create_graph=True)
+            optimizer.set_hessian()
+        optimizer.unperturb()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(iter_num)
+        optimizer.zero_grad()
 
     The equation is that of :class:`sassha_fused.Sassha`. So Hessian products are taken at :math:`w'`, by
     ``unperturb()`` at the latest; a power that changes holds for the bias correction too, at once; a step that is not
@@ -140,8 +146,15 @@ class SASSHA(Sassha):
             step.make_curvature(SummedCurvature)  # with a watch of its own, that sees the second pass alone
 
     def unperturb(self) -> None:
-        """Takes the weights back to w, once the Hessian products that are due have been taken at w'."""
+        """Takes the weights back to w, once the Hessian products that are due have been taken at w'.
+
+        Raises:
+            ValueError: they are due, and the gradients of the second backward have no graph. The weights are then at w.
+        """
+        step = self._run.step
         self.restore()
+        if step is not None and self._run.step is None and grads_of(of_groups(self.param_groups)):
+            raise ValueError(NO_GRAPH)
 
     @torch.no_grad()
     def zero_hessian(self) -> None:

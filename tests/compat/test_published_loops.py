@@ -243,8 +243,25 @@ def test_a_micro_batch_without_a_graph_is_refused(warmup: int, last: int) -> Non
     backward(losses[last]())
     with pytest.raises(ValueError, match="create_graph"):
         opt.set_hessian()
-    opt.unperturb()
+    opt.restore()
     assert_same(weights(training.params), before)
+
+
+def test_a_second_backward_without_a_graph_is_refused_at_w() -> None:
+    training = Training()
+    opt, before = image(training), weights(training.params)
+    backward(training.loss(0))
+    opt.perturb_weights()
+    backward(training.loss(0))
+    with pytest.raises(ValueError, match="this is a Hessian step, and the gradients carry no graph"):
+        opt.unperturb()
+    assert_same(weights(training.params), before)
+    opt.zero_grad()
+    backward(training.loss(0))
+    opt.perturb_weights()
+    opt.unperturb()  # gives the step up, as for an evaluation
+    assert_same(weights(training.params), before)
+    assert all(not param._backward_hooks for param in training.params)
 
 
 def test_a_gradient_that_was_detached_is_not_taken_for_zero_curvature() -> None:

@@ -88,6 +88,17 @@ def test_every_member_goes_on_bitwise_from_disk(
 
 @nested_and_flattened
 @before_either_step
+def test_the_float32_state_of_bfloat16_parameters_comes_along(flatten: bool, steps: int, tmp_path: Path) -> None:
+    problem, fresh = (Problem(dtype=torch.bfloat16, lr=0.001) for _ in range(2))
+    problem.train(steps)
+    through_disk(problem.model, problem.opt, fresh.model, fresh.opt, tmp_path, flatten)
+    fresh.steps = steps
+    assert fresh.opt.state[fresh.params[0]]["exp_avg"].dtype == torch.float32
+    assert_goes_on(fresh, problem)
+
+
+@nested_and_flattened
+@before_either_step
 def test_the_optimizers_own_counts_come_along(flatten: bool, steps: int, tmp_path: Path) -> None:
     """Also a skipped step's, and a schedule that parameters do not tell."""
     problem, fresh = Problem(), Problem()
