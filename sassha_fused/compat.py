@@ -7,11 +7,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 from .checkpoint import initialises_state
 from .checks import check_choice, check_integer, is_single, refuse_unperturbed
 from .convert import SECOND_AVERAGE, from_published, is_published
-from .curvature.summed import SummedCurvature
+from .curvature.of_step import take_part
 from .family import Sassha
 from .gradients import detach, grads_of, of_groups
 from .hessian_pass import NO_GRAPH
@@ -73,7 +74,7 @@ class SASSHA(Sassha):
         lazy_hessian: k, its ``hessian_interval``.
         n_samples: S, its ``hessian_samples``.
         perturb_eps: :math:`10^{-12}`; others are refused.
-        grad_reduce: "mean" or "sum" over processes: the same in one process, and several are not supported yet.
+        grad_reduce: "mean" over processes, with :func:`sassha_fused.data_parallel`; "sum" in one process alone.
         rho_scheduler: gives :math:`\rho` before each perturbation; may be set later, as an attribute.
         options: other arguments of :class:`sassha_fused.Sassha`: ``hessian_power``, ``bias_correction``, ``backend``...
 
@@ -107,6 +108,7 @@ class SASSHA(Sassha):
         check_integer("lazy_hessian", lazy_hessian, smallest=1)
         check_integer("n_samples", n_samples, smallest=1, bits=32)
         check_choice("grad_reduce", grad_reduce, ("mean", "sum"))
+        self._grad_reduce = grad_reduce
         if perturb_eps != PERTURB_EPS:
             raise ValueError(f"perturb_eps must be {PERTURB_EPS}, the kernels' own, got {perturb_eps!r}")
         self.hessian_power_scheduler, self.rho_scheduler = hessian_power_scheduler, rho_scheduler
@@ -125,8 +127,6 @@ class SASSHA(Sassha):
             **options,
         )
 
-    # ---------------------------------------------------------------- the passes
-
     @torch.no_grad()
     def perturb_weights(self, zero_grad: bool = True) -> None:
         """Takes the weights to w' by the gradients in ``.grad``, and clears these.
@@ -140,10 +140,8 @@ class SASSHA(Sassha):
                 "which have served"
             )
         self.update_rho_t()
+        self._run.forget_watch()  # that of a first pass within hessian_pass()
         self.perturb()
-        step = self._run.step
-        if step is not None and step.curvature is not None:
-            step.make_curvature(SummedCurvature)  # with a watch of its own, that sees the second pass alone
 
     def unperturb(self) -> None:
         """Takes the weights back to w, once the Hessian products that are due have been taken at w'.
@@ -152,16 +150,23 @@ class SASSHA(Sassha):
             ValueError: they are due, and the gradients of the second backward have no graph. The weights are then at w.
         """
         step = self._run.step
+        self._end_micro_batches()
         self.restore()
         if step is not None and self._run.step is None and grads_of(of_groups(self.param_groups)):
             raise ValueError(NO_GRAPH)
+
+    def _end_micro_batches(self) -> None:
+        """What set_hessian() has added is the step's Hessian."""
+        step = self._run.step
+        if step is not None and step.curvature is not None and step.curvature.parts:
+            step.curvature.conclude()
 
     @torch.no_grad()
     def zero_hessian(self) -> None:
         """Before the first micro-batch of a step: forgets the products of set_hessian() that no step has used."""
         run = self._run
-        if run.step is not None and isinstance(run.step.curvature, SummedCurvature):
-            run.step.curvature.clear()
+        if run.step is not None and run.step.curvature is not None:
+            run.step.curvature.forget_parts()
         elif run.step is None and self.hessian_due and is_single(self.param_groups):
             with run.only_pass(self.param_groups):
                 pass  # whose watch stays, and sees the gradients of the first micro-batch arrive
@@ -179,12 +184,11 @@ class SASSHA(Sassha):
         if run.step is None:
             self._begin_unperturbed()
         step: Step = run.step  # type: ignore[assignment]
-        if not isinstance(step.curvature, SummedCurvature):
-            detach(of_groups(groups))
-            return
-        if not step.perturbed:
-            step.curvature.of = run.flat.select(groups, run.states, run.counts.catch_up)
-        step.curvature.add(step)
+        if step.curvature is not None:
+            step.micro_batches.count = step.micro_batches.count + 1 if step.curvature.parts else 1
+        if step.awaits_products:
+            take_part(step, is_last=False)
+        detach(of_groups(groups))  # on a lazy step, or after as many as hessian_batches says
 
     def _begin_unperturbed(self) -> None:
         """Makes the step whose only pass is at w, and of whose gradients the first are there."""
@@ -195,33 +199,38 @@ class SASSHA(Sassha):
         step = Step(run, groups)
         selections = run.flat.select(groups, run.states, run.counts.catch_up)
         if run.counts.next_is_scheduled(groups[0]) or any(selection.lacks_hessian() for selection in selections):
-            step.make_curvature(SummedCurvature)
+            step.make_curvature()
 
     @torch.no_grad()
-    def step(self, iter_num: Any = None, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        iter_num: Any = None,
+        closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None,
+        *,
+        scaler: GradScaler | None = None,
+    ) -> Tensor | None:
         """The rest of the step, from the gradients in ``.grad``; or with a closure the whole of it.
 
         Args:
             iter_num: GPT-2's: the number of this step, from 0, by which the Hessian's schedule goes: also where steps
                 were skipped, which it counts. A closure may stand in its place.
-            closure: as in :class:`sassha_fused.Sassha`.
+            closure, scaler: as in :class:`sassha_fused.Sassha`.
         """
         self._sync_gradient()
-        if callable(iter_num):
+        self._end_micro_batches()
+        if callable(iter_num) or isinstance(iter_num, (list, tuple)):
             iter_num, closure = None, iter_num
         if iter_num is not None:
             check_integer("iter_num", iter_num, smallest=0)
             self._follow_gpt2()
         if not initialises_state(self.param_groups, self._run.states, grads_of(of_groups(self.param_groups))):
             self.update_hessian_power()
-        loss = super().step(closure)
+        loss = super().step(closure, scaler=scaler)
         if iter_num is not None:
             counts = self._run.counts
             counts.catch_up()
             counts.set(int(iter_num) + 1, counts.evaluations, counts.skipped)
         return loss
-
-    # ---------------------------------------------------------------- schedules
 
     @property
     def hessian_power_t(self) -> float:
@@ -255,19 +264,18 @@ class SASSHA(Sassha):
         if not self._chosen_bias_correction:
             self._set("bias_correction", "none")
 
-    # ---------------------------------------------------------------- parameters, processes, state
-
     def get_params(self) -> Iterator[Tensor]:
         """The parameters that are trained."""
         return (param for param in of_groups(self.param_groups) if param.requires_grad)
 
     def _sync_gradient(self) -> None:
-        """Refuses several processes, whose gradients and products nobody would bring together."""
+        """Refuses several processes whose gradients and products nobody would bring together."""
         distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        world = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        if world > 1 and (self._run.processes is None or self._grad_reduce == "sum"):
             raise ValueError(
-                f"world size must be 1, got {distributed.get_world_size()}: sassha_fused.compat does not support "
-                "several processes yet"
+                f"one of {world} processes, with grad_reduce {self._grad_reduce!r}: wrap the model in "
+                "DistributedDataParallel, and call sassha_fused.data_parallel(model, optimizer) once, with 'mean'"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -287,5 +295,5 @@ class SASSHA(Sassha):
         super().load_state_dict({**state_dict, "state": plain})
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("hessian_power_scheduler", "rho_scheduler", "_chosen_bias_correction")
+        names = ("hessian_power_scheduler", "rho_scheduler", "_chosen_bias_correction", "_grad_reduce")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}

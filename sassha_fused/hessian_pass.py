@@ -60,8 +60,13 @@ class GradientWatch:
 
     def next_micro_batch(self) -> None:
         """What has arrived has had its products taken, and stays in .grad without a graph."""
-        self._before.update((param, param.grad) for param in self._arrived)
-        for noted in (self._with_graph, self._without_grad_mode, self._arrived):
+        before = {**self._before, **{param: param.grad for param in self._arrived}}
+        self.forget()
+        self._before = before
+
+    def forget(self) -> None:
+        """Nothing has arrived."""
+        for noted in (self._with_graph, self._without_grad_mode, self._arrived, self._before):
             noted.clear()
 
     def _note_coming(self, param: Tensor, gradient: Tensor) -> None:
@@ -88,10 +93,6 @@ class GradientWatch:
     def saw_graph(self) -> bool:
         """Whether some backward pass has built the graph of its gradients."""
         return bool(self._arrived - self._without_grad_mode)
-
-    def has_seen(self, param: Tensor) -> bool:
-        """Whether some backward pass has given this parameter a gradient."""
-        return param in self._arrived
 
     def fault(self, param: Tensor, gradient: Tensor) -> str | None:
         """Why this gradient's curvature is not known; None where it is, that of a linear parameter being 0."""

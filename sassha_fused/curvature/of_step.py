@@ -64,13 +64,14 @@ class Curvature:
         taken: whether the products have been taken.
         products: for each selection that took part the estimates of its Hessian; none before they are taken, and
             none where the only parameters that asked for this Hessian step had no second gradient.
+        parts: of how many micro-batches products have been added.
     """
 
     def __init__(self, run: Run, groups: Groups, of: Sequence[Selection]) -> None:
         self._run, self._groups, self.of = run, groups, of
         self.products: passes.Products = ()
         self._took_part: Sequence[Selection] = ()
-        self._parts, self._sums = 0, dict[Tensor, Tensor]()
+        self.parts, self._sums = 0, dict[Tensor, Tensor]()
         self._evaluated = False
         self.taken = False
         self._watch, run.watch = run.watch, None
@@ -129,7 +130,7 @@ class Curvature:
             self._take(graph, keep_graph)
             if self._run.processes is not None:  # which may take products of other parameters each
                 self._add()
-            self._conclude()
+            self.conclude()
 
     def take_part(self, graph: Sequence[Any], is_last: bool) -> None:
         """Adds the products of one of several micro-batches, with the same probe, as take() takes them of a batch.
@@ -139,8 +140,8 @@ class Curvature:
         with self._run.uninterrupted:
             self._take(graph, keep_graph=False)
             self._add()
-            if is_last or self._parts == self._groups[0]["hessian_batches"]:
-                self._conclude()
+            if is_last or self.parts == self._groups[0]["hessian_batches"]:
+                self.conclude()
 
     def _take(self, graph: Sequence[Any], keep_graph: bool) -> None:
         selections, own = with_gradients(self.of), self._own()
@@ -165,11 +166,18 @@ class Curvature:
         for selection, products in zip(self._took_part, self.products, strict=False):
             for param, product in zip(selection.params, products, strict=True):
                 self._sums[param] = self._sums[param] + product if param in self._sums else product
-        self._parts += 1
+        self.parts += 1
 
-    def _conclude(self) -> None:
+    def conclude(self) -> None:
+        """No products are to come."""
         self.taken = True
         self.end()
+
+    def forget_parts(self) -> None:
+        """Forgets the products that were taken of micro-batches so far."""
+        self.parts, self._sums = 0, {}
+        if self._watch is not None:
+            self._watch.forget()
 
     def expect_next(self) -> None:
         """The graph of a micro-batch is gone; another one comes."""
@@ -197,8 +205,8 @@ class Curvature:
 
     def products_of(self, selections: Sequence[Selection], micro_batches: int) -> passes.Products:
         """The products that were taken of these; ValueError where they were taken of other parameters."""
-        if self._parts:
-            factor, processes = micro_batches / self._parts, self._run.processes
+        if self.parts:
+            factor, processes = micro_batches / self.parts, self._run.processes
             whole = selections if self._evaluated else ()
             sums = [[self._sum_of(param, factor) for param in selection.params] for selection in whole]
             return sums if processes is None or not sums else processes.mean(sums)
