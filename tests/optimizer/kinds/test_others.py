@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sassha_fused import Sassha
+from sassha_fused import Sassha, hessian_pass
 from tests.support.kinds import Net, all_styles, assert_clean, assert_states_close, reference_of
 from tests.support.problems import ALL_STYLES, assert_same, single_threaded, weights
 
@@ -88,6 +89,53 @@ def test_no_graph_of_a_hessian_step_stays_alive(style: str) -> None:
     gc.collect()
     net.zero_grad()
     assert not any(ref() for ref in seen)
+
+
+class KeepsVariable(torch.autograd.Function):
+    """Keeps something under the name by which the nodes of leaves know their tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.variable = "x"
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 1
+
+
+@all_styles
+def test_what_a_function_keeps_is_no_parameter_of_the_loss(style: str) -> None:
+    net, other = deep(), deep()
+    opt, plain = (Sassha(n.parameters(), lr=0.01, hessian_interval=2, backend="cpu") for n in (net, other))
+    for _ in range(3):
+        ALL_STYLES[style](opt, lambda: KeepsVariable.apply(net.loss()))
+        ALL_STYLES[style](plain, other.loss)
+    assert_same(weights(net.parameters()), weights(other.parameters()))
+
+
+@all_styles
+def test_a_hessian_step_walks_each_graph_once(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, walks = deep(), []
+    original = hessian_pass.nodes_of
+
+    def noted(tensors: Any) -> list[Any]:
+        walks.append(len(nodes := original(tensors)))
+        return nodes
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("sassha_fused") and hasattr(module, "nodes_of"):
+            monkeypatch.setattr(module, "nodes_of", noted)
+    opt = Sassha(net.parameters(), lr=0.01, hessian_interval=2, hessian_samples=2, backend="cpu")
+    for _ in range(2):
+        walks.clear()
+        ALL_STYLES[style](opt, net.loss)
+        of_loss = [] if style == "phase" else [len(original([net.loss()]))]
+        assert walks[: len(of_loss)] == of_loss
+        assert [nodes > 20 for nodes in walks[len(of_loss) :]] == [True]
+        walks.clear()
+        ALL_STYLES[style](opt, net.loss)
+        assert walks == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

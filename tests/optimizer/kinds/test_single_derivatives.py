@@ -92,6 +92,17 @@ def test_the_error_names_the_hessian_step_and_the_exchange_works(kind: str, styl
     assert_same(snapshot(net, opt), snapshot(other, undisturbed))
 
 
+@pytest.mark.parametrize("kind", ["embedding_bag", "once_differentiable", "ctc"])
+def test_check_products_is_refused_alike(kind: str) -> None:
+    net = Exchangeable(kind)
+    opt = Sassha(net.parameters(), lr=0.01, backend="cpu")
+    before = snapshot(net, opt)
+    with pytest.raises(RuntimeError, match="This was the double backward of a Hessian step of sassha_fused"):
+        opt.check_products(net.loss)
+    assert_same(snapshot(net, opt), before)
+    assert_clean(net.parameters())
+
+
 @all_styles
 @pytest.mark.parametrize("kind", ["embedding_bag", "once_differentiable", "ctc"])
 def test_on_lazy_steps_they_serve(kind: str, style: str) -> None:
