@@ -33,9 +33,10 @@ NO_GRAPH = (
 def _run_last_hook_first(param: Tensor) -> None:
     # Hooks run in the order in which they were put into this dict.
     hooks: dict[int, Any] = param._backward_hooks  # type: ignore[assignment]
-    *others, last = hooks.items()
-    hooks.clear()
-    hooks.update([last, *others])
+    if len(hooks) > 1:
+        *others, last = hooks.items()
+        hooks.clear()
+        hooks.update([last, *others])
 
 
 class GradientWatch:

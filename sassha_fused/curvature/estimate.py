@@ -62,13 +62,13 @@ def _sample(
         signs = [empty_dense(param) for param in selection.params]
         selection.bucket.operators.rademacher_(signs, selection.indices, seed, selection.bucket.evaluation, sample)
         probe += signs
-    found = list(map(_in_order_of, probe, source.products(params, gradients, probe, keep_graph)))
-    products = iter(_times(probe, found) if times_probe else found)
+    found = list(source.products(params, gradients, probe, keep_graph))
+    products = iter(_times(probe, found) if times_probe else map(_in_order_of, probe, found))
     return [[next(products) for _ in selection.params] for selection in selections]
 
 
 def _times(probe: list[Tensor], products: list[Tensor]) -> Sequence[Tensor]:
-    """z Hz, in the memory of z where it can be: a product may be a part of the probe, as where the Hessian is 1."""
+    """z Hz, in the memory of z, unless autograd gives some of the probe back, as where the loss is a product ab."""
     memory_of_probe = {z.untyped_storage()._cdata for z in probe}
     if not memory_of_probe.isdisjoint([product.untyped_storage()._cdata for product in products]):
         return torch._foreach_mul(probe, products)

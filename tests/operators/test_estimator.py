@@ -1,12 +1,15 @@
 """Hutchinson's estimate of the Hessian's diagonal: its mean and variance, on quadratics with a known Hessian."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sassha_fused import Sassha
+from sassha_fused import Sassha, SophiaH
+from sassha_fused.curvature import exact
 from tests.support.backends import BACKENDS, each_quick_backend
 from tests.support.cases import Recorder
 
@@ -90,3 +93,61 @@ def test_the_estimate_of_a_diagonal_hessian_is_exact(backend: str) -> None:
     optimizer.step(lambda: loss(params, A))
     found = torch.cat([optimizer.state[p]["exp_hessian"].flatten() for p in params]).cpu()
     torch.testing.assert_close(found, A.diag(), rtol=1e-15, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# z Hz of one sample
+
+
+class OtherFactor(torch.autograd.Function):
+    """The sum of ab as a loss: its gradients are a and b themselves, and so its products are the probes of these."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return (a * b).sum()
+
+    @staticmethod
+    def backward(ctx: Any, one: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return b.clone(), a.clone()
+
+
+# From parameters of shapes (3, 2), (2, 3) and (12,), by what autograd gives for a product.
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "a new tensor": lambda a, b, c: a.square().square().sum() + (b @ a).sum() + c.sin().sum(),
+    "another's probe": lambda a, b, c: OtherFactor.apply(a.flatten(), b.flatten()) + c.square().sum(),
+    "another's probe, transposed": lambda a, b, c: OtherFactor.apply(a.mT, b) + c.square().sum(),
+    "parts of another's probe": lambda a, b, c: OtherFactor.apply(torch.cat([a.flatten(), b.flatten()]), c),
+    "one tensor twice": lambda a, b, c: (a + b.mT).sin().sum() + c.sin().sum(),
+    "one tensor twice, and none": lambda a, b, c: (a + b.mT).sin().sum() + c.sum(),
+}
+
+
+def memory_of(tensors: Sequence[Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+@each_quick_backend
+@pytest.mark.parametrize("given", LOSSES)
+def test_signed_estimates_are_the_probe_times_the_products_whatever_autograd_gives_for_these(
+    backend: str, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, recorder = BACKENDS[backend], Recorder(monkeypatch)
+    params = [nn.Parameter(torch.randn(shape).to(device)) for shape in ((3, 2), (2, 3), (12,))]
+    expected: list[Tensor] = []
+
+    def products(*arguments: Any) -> Sequence[Tensor]:
+        found, signs = exact.autograd_products(*arguments), arguments[2]
+        assert memory_of(found).isdisjoint(memory_of(signs)) == ("probe" not in given)
+        assert (len(memory_of(found)) < len(found)) == ("twice" in given or "parts" in given)
+        expected[:] = [z * product for z, product in zip(signs, found, strict=True)]
+        return found
+
+    monkeypatch.setitem(exact.SOURCES, "autograd", exact.HessianSource(products, needs_graph=True))
+    optimizer = SophiaH(params, hessian_interval=1, backend=backend)
+    for _ in range(3):
+        optimizer.step(lambda: LOSSES[given](*params))
+        for param, estimate in zip(params, expected, strict=True):
+            assert recorder.products[param].stride() == param.stride()
+            assert torch.equal(recorder.products[param], estimate)
