@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from .checks import DTYPES, check_gradients
 from .layout import sent, wide_dtype
 from .selection import Selection
+from .settings import SECOND_AVERAGES
 
 Products = Sequence[Sequence[Tensor]]
 
@@ -183,7 +184,9 @@ def update(
         guards.append(norm(selections))
     for selection, product, average in zip(selections, products, averaged, strict=False):
         if average is not None or not guard_grads:
-            estimates = product if average is None else [average]
+            # The square of what is not finite counts as the largest float, so that the average does not tell.
+            hidden = SECOND_AVERAGES[int(selection.bucket.settings.second_average)] == "square"
+            estimates = product if average is None or hidden else [average]
             guards.append(selection.bucket.operators.grad_norm(estimates, (), None, False))
     with explaining_refusals(selections):
         updates = []

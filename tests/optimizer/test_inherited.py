@@ -27,6 +27,7 @@ from tests.support.members import (
     trained,
 )
 from tests.support.problems import assert_differ, assert_same, naming, parameter, weights
+from tests.support.scaling import Amplified
 
 both_backends = pytest.mark.parametrize("backend", ["cpu", pytest.param("eager", marks=pytest.mark.slow)])
 
@@ -92,6 +93,21 @@ def test_a_step_that_is_not_finite_leaves_no_trace(member: str, backend: str) ->
         for found, expected in zip(after.pop("weights"), before.pop("weights"), strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
     assert_same(after, before)
+
+
+@pytest.mark.parametrize(
+    "member", [member for member, (_, options) in MEMBERS.items() if "hessian_interval" in options]
+)
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nor_does_one_whose_product_alone_is_not_finite(value: float, backend: str, member: str) -> None:
+    problem = OfMember(member, backend)
+    for param in (problem.params[0], problem.params[3]):
+        before = weights(problem.params)
+        problem.opt.step(lambda param=param: problem.loss() + Amplified.apply(param, 0.0, value))
+        assert_at_w(problem, before)
+        assert not any(state.any() for entry in problem.opt.state.values() for state in entry.values())
+    assert problem.opt.skipped_steps == 2
 
 
 @each_member
