@@ -175,7 +175,7 @@ class Step:
         if not selections or self._norm is None:
             return self.end()
         if self.scale is not None:
-            self.scale.settle(self.curvature is not None or self.is_second_pass, self._single)
+            self.scale.settle(not (self._single or self._along_momentum) or self.curvature is not None, self._single)
         if self.curvature is not None or len(at_w_prime.steps) > 1:
             take_products(self)
             selections = [selection.as_now() for selection in selections]
