@@ -41,7 +41,7 @@ def walk(step: Step, closures: Sequence[Closure], params: Sequence[Tensor]) -> T
     while step.arrive():
         step.micro_batches.refuse_rebound()
         if step.scale is not None:
-            step.scale.next_pass()
+            step.scale.await_gradients()
         losses.append(_sum(_evaluate_each(step, every, params, ends=True)))
     step.finish(losses if step.run.processes is None else step.run.processes.agree(losses))
     mark_droppable(params)

@@ -13,6 +13,7 @@ from torch.amp import GradScaler
 from torch.amp.grad_scaler import OptState
 from torch.optim.optimizer import Optimizer
 
+from .layout import wide_dtype
 from .selection import Selection
 
 
@@ -34,15 +35,22 @@ def loss_scale(optimizer: Optimizer, scaler: GradScaler | None, call: str) -> Lo
     return scale
 
 
+def is_scale_of(scale: LossScale | None, scaler: GradScaler | None) -> bool:
+    """Whether a step that has this loss scale has it of this scaler; None and a disabled one are the same."""
+    expected = None if scaler is None or not scaler.is_enabled() else scaler
+    return (None if scale is None else scale.scaler) is expected
+
+
 class LossScale:
     """The loss scale of one step, and its scaler where that is known.
 
-    N, and so w', is the same for scaled gradients; the Hessian's products and the second gradients are divided.
+    The first gradients keep it: g / N is the same, but for the 1e-12 beside N. The Hessian's products and the gradients
+    of the last pass are divided by it.
     """
 
     def __init__(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self._scaler = scaler
+        self.scaler = scaler
         self._in_closure = False
         self._scaled_by_closure = False
         self._of_gradients: Tensor | None = None
@@ -53,8 +61,8 @@ class LossScale:
     @property
     def _entry(self) -> dict[str, Any]:
         """What the scaler notes of this optimizer until its update()."""
-        assert self._scaler is not None
-        return self._scaler._per_optimizer_states[id(self._optimizer())]
+        assert self.scaler is not None
+        return self.scaler._per_optimizer_states[id(self._optimizer())]
 
     def refuse_stage(self, call: str) -> None:
         """ValueError unless the scaler waits for this optimizer's gradients."""
@@ -71,9 +79,9 @@ class LossScale:
     @contextmanager
     def around_closure(self) -> Iterator[None]:
         """Notices whether the closure scales its loss itself."""
-        scaler = self._scaler
+        scaler = self.scaler
         assert scaler is not None
-        scale, self._scaled_by_closure = scaler.scale, False
+        before, scale, self._scaled_by_closure = vars(scaler).get("scale"), scaler.scale, False
 
         def noticed(outputs: Any) -> Any:
             self._scaled_by_closure = True
@@ -84,6 +92,8 @@ class LossScale:
             yield
         finally:
             del scaler.scale
+            if before is not None:  # of a closure within which this one runs
+                scaler.scale = before  # type: ignore[method-assign]
         self._in_closure = True
 
     def scaled(self, loss: Tensor) -> Tensor:
@@ -93,7 +103,7 @@ class LossScale:
                 "closure must return the loss itself, got one that scaler.scale() has multiplied: "
                 "step(closure, scaler=scaler) scales it"
             )
-        return self._scaler.scale(loss)  # type: ignore[union-attr]
+        return self.scaler.scale(loss)  # type: ignore[union-attr]
 
     def refuse_unscaled_backward(self) -> None:
         """ValueError where the closure ran backward on a loss that it had not scaled."""
@@ -108,9 +118,9 @@ class LossScale:
         if self._entry["stage"] is not OptState.READY:
             raise ValueError("scaler.unscale_() in the closure of a micro-batch that is not the last of its step")
 
-    def next_pass(self) -> None:
-        """A closure may unscale its gradients, to clip them, in each pass."""
-        if self._scaler is not None and self._entry["stage"] is OptState.UNSCALED:
+    def await_gradients(self) -> None:
+        """The scaler may unscale gradients once more: those of a second pass, or after an error those of a new step."""
+        if self.scaler is not None and self._entry["stage"] is OptState.UNSCALED:
             self._entry["stage"] = OptState.READY
 
     # ---------------------------------------------------------------- the end of a step
@@ -119,8 +129,8 @@ class LossScale:
         """What scaler.step() leaves on the optimizer; no grad_scale where unscale_() was called before."""
         self._found_inf, self._of_gradients = found_inf, grad_scale
         self._of_products = grad_scale
-        if grad_scale is None and self._scaler is not None:
-            self._of_products = self._scaler._scale
+        if grad_scale is None and self.scaler is not None and self._entry["stage"] is OptState.UNSCALED:
+            self._of_products = self.scaler._scale
         self._settled = True
 
     def settle(self, needed: bool, single: bool) -> None:
@@ -136,11 +146,13 @@ class LossScale:
         if not self._settled:
             if not self._in_closure:
                 raise ValueError("step() without the scaler that perturb() was given: call scaler.step(opt)")
-            scaler, optimizer = self._scaler, self._optimizer()
-            assert scaler is not None and optimizer is not None
-            if self._entry["stage"] is OptState.READY:
-                scaler.unscale_(optimizer)
-            self.take_over(sum(self._entry["found_inf_per_device"].values(), torch.zeros(())), None)
+            scaler, optimizer = self.scaler, self._optimizer()
+            assert scaler is not None and optimizer is not None and scaler._scale is not None
+            scale = None if self._entry["stage"] is OptState.UNSCALED else scaler._scale
+            if scale is not None:
+                scaler._check_inf_per_device(optimizer)
+            found = [one.to(scaler._scale.device) for one in self._entry["found_inf_per_device"].values()]
+            self.take_over(torch.stack(found).sum(), scale)
         if needed and self._of_products is None:
             call = "with opt.hessian_pass(scaler=scaler)" if single else "opt.perturb(scaler=scaler)"
             raise ValueError(
@@ -167,7 +179,7 @@ class LossScale:
 
     def tell(self, skipped: Tensor) -> None:
         """Tells the scaler, where it is known, that a step was skipped for whatever was not finite."""
-        if self._scaler is None:
+        if self.scaler is None:
             return
         found = self._entry["found_inf_per_device"]
         was = found.get(skipped.device)
@@ -179,4 +191,5 @@ class LossScale:
 
 def _inverse(scale: Tensor, selection: Selection) -> Tensor:
     """1 / scale, rounded to float32 as the scaler rounds it."""
-    return scale.to(selection.bucket.device, torch.float32).double().reciprocal().float()
+    inverse = scale.to(wide_dtype(scale.device)).reciprocal().float()
+    return inverse.to(selection.bucket.device)

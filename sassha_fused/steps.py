@@ -16,7 +16,7 @@ from .checks import is_single, refuse_unperturbed
 from .closures import accumulate, closures_of, ends_step, walk
 from .curvature.check import check_products
 from .gradients import drop_spent, grads_of, mark_droppable, of_groups, refuse_accumulated
-from .precision import LossScale, loss_scale
+from .precision import LossScale, is_scale_of, loss_scale
 from .run import Run
 from .step import Step
 
@@ -95,6 +95,8 @@ class SteppingOptimizer(Optimizer):
         run = self._run
         if run.step is not None and scaler is not None:
             run.step.scale = loss_scale(self, scaler, "hessian_pass()")
+        elif run.step is None and is_single(self.param_groups):
+            run.loss_scale = loss_scale(self, scaler, "hessian_pass()")
         if not self.hessian_due:
             yield
         elif run.step is not None:
@@ -103,7 +105,6 @@ class SteppingOptimizer(Optimizer):
         elif not is_single(self.param_groups):
             yield  # a first pass, whose gradients perturb() takes without a graph
         else:
-            run.loss_scale = loss_scale(self, scaler, "hessian_pass()")
             with run.only_pass(self.param_groups):
                 yield
 
@@ -155,7 +156,11 @@ class SteppingOptimizer(Optimizer):
         """
         closures, run = closures_of(closure) if closure is not None else (), self._run
         try:
+            if scaler is not None and not closures:
+                raise ValueError(f"step(scaler={scaler!r}) needs a closure; without one call scaler.step(opt)")
             if "found_inf" in vars(self):
+                if closures:
+                    raise ValueError("scaler.step(opt, closure): call opt.step(closure, scaler=scaler)")
                 self._take_over_scale()
             accumulates = run.step is not None and run.step.micro_batches.closures
             params = of_groups(self.param_groups) if closures else []
@@ -205,7 +210,7 @@ class SteppingOptimizer(Optimizer):
             refuse_accumulated(params)
             run.loss_scale = loss_scale(self, scaler, "step(closure)")
             step = Step(run, self.param_groups)
-        elif (step.scale is not None) != (scaler is not None and scaler.is_enabled()):
+        elif not is_scale_of(step.scale, scaler):
             raise ValueError(f"scaler must be the same in accumulate() and step(), got {scaler!r}")
         try:
             return take(step, closures, params)
@@ -213,6 +218,8 @@ class SteppingOptimizer(Optimizer):
             step.micro_batches.in_one_of_several = False
             if run.processes is not None:
                 run.processes.hold_back(False)
+            if step.scale is not None:
+                step.scale.await_gradients()
             self.zero_grad()  # lets go of a graph that the interrupted pass may have left
             raise
 
@@ -229,6 +236,8 @@ class SteppingOptimizer(Optimizer):
     def _give_up(self, error: BaseException) -> None:
         """After an exception: the weights go back to w."""
         run = self._run
+        if (scale := run.loss_scale if run.step is None else run.step.scale) is not None:
+            scale.await_gradients()
         run.loss_scale = None
         for name in ("grad_scale", "found_inf"):  # which a scaler takes away only where no error comes
             vars(self).pop(name, None)

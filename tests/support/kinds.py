@@ -24,9 +24,8 @@ def reference_of(opt: Sassha) -> ReferenceSassha:
     """The reference on the same parameters with the same options."""
     mine = {"params", "lr", "betas", "eps", "weight_decay", "rho", "adaptive", "hessian_power", "bias_correction"}
     groups = [{k: v for k, v in group.items() if k in {*mine, "maximize"}} for group in opt.param_groups]
-    return ReferenceSassha(
-        groups, **{name: opt.param_groups[0][name] for name in SCHEDULE if name != "hessian_batches"}
-    )
+    schedule = {name: opt.param_groups[0][name] for name in SCHEDULE if name != "hessian_batches"}
+    return ReferenceSassha(groups, **schedule)
 
 
 def by_reference(kind: type[Problem], count: int, **options: Any) -> Problem:

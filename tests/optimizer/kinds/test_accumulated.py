@@ -1,4 +1,4 @@
-"""Gradients that a closure's step would drop, and GradScaler: refused by name, and the optimizer works afterwards."""
+"""Gradients that a closure's step would drop: refused by name, and the optimizer works afterwards."""
 
 from __future__ import annotations
 
@@ -102,80 +102,3 @@ def test_nor_are_those_of_a_skipped_step_or_of_one_that_raised(style: str) -> No
     ALL_STYLES[style](problem.opt, problem.loss)
     assert problem.opt.skipped_steps == 1
     torch.testing.assert_close(problem.params, Problem().train(3).params, rtol=0, atol=0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# GradScaler
-
-
-@each_step
-@pytest.mark.parametrize("unscale", [False, True])
-@pytest.mark.parametrize("graph", [False, True])
-def test_a_grad_scaler_is_refused_by_name_on_any_step(graph: bool, unscale: bool, steps: int) -> None:
-    problem = Problem().train(steps)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    with refused(problem, "GradScaler is not supported yet"):
-        problem.opt.zero_grad()
-        scaler.scale(problem.loss()).backward()
-        problem.opt.perturb()
-        scaler.scale(problem.loss()).backward(create_graph=graph or problem.opt.hessian_due)
-        if unscale:
-            scaler.unscale_(problem.opt)
-        scaler.step(problem.opt)
-    assert not {"grad_scale", "found_inf"} & set(vars(problem.opt))
-    assert_goes_on(problem)
-
-
-@each_step
-@pytest.mark.parametrize("unscale", [False, True])
-def test_without_perturb_too(unscale: bool, steps: int) -> None:
-    problem = Problem(rho=0.0).train(steps)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    with refused(problem, "GradScaler is not supported yet"):
-        problem.opt.zero_grad()
-        scaler.scale(problem.loss()).backward(create_graph=problem.opt.hessian_due)
-        if unscale:
-            scaler.unscale_(problem.opt)
-        scaler.step(problem.opt)
-    assert_goes_on(problem, rho=0.0)
-
-
-@each_step
-def test_with_unscale_before_perturb(steps: int) -> None:
-    problem = Problem().train(steps)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    with refused(problem, "GradScaler is not supported yet"):
-        problem.opt.zero_grad()
-        scaler.scale(problem.loss()).backward()
-        scaler.unscale_(problem.opt)
-        problem.opt.perturb()
-        scaler.scale(problem.loss()).backward(create_graph=problem.opt.hessian_due)
-        scaler.step(problem.opt)
-    assert_goes_on(problem)
-
-
-def test_an_overflow_is_refused_as_well_and_not_a_step() -> None:
-    problem = Problem().train(1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
-    with refused(problem, "GradScaler is not supported yet"):
-        problem.opt.zero_grad()
-        scaler.scale(problem.loss() * 1e5).backward()
-        problem.opt.perturb()
-        scaler.scale(problem.loss() * 1e5).backward()
-        scaler.step(problem.opt)
-    assert_goes_on(problem)
-
-
-def test_a_grad_scaler_that_is_off_changes_nothing() -> None:
-    problem, scaler = Problem(), torch.amp.GradScaler("cpu", enabled=False)
-    for _ in range(4):
-        problem.opt.zero_grad()
-        scaler.scale(problem.loss()).backward()
-        problem.opt.perturb()
-        with problem.opt.hessian_pass():
-            scaler.scale(problem.loss()).backward()
-        scaler.unscale_(problem.opt)
-        scaler.step(problem.opt)
-        scaler.update()
-        problem.steps += 1
-    assert_same(problem.snapshot(), Problem().train(4).snapshot())
