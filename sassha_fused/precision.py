@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,12 @@ from torch.optim.optimizer import Optimizer
 
 from .layout import wide_dtype
 from .selection import Selection
+
+if TYPE_CHECKING:
+    from .run import Run
+
+# Steps that may be skipped in a row before somebody is told: more than a scale usually has to come down by.
+_PATIENCE = 20
 
 
 def loss_scale(optimizer: Optimizer, scaler: GradScaler | None, call: str) -> LossScale | None:
@@ -39,6 +46,20 @@ def is_scale_of(scale: LossScale | None, scaler: GradScaler | None) -> bool:
     """Whether a step that has this loss scale has it of this scaler; None and a disabled one are the same."""
     expected = None if scaler is None or not scaler.is_enabled() else scaler
     return (None if scale is None else scale.scaler) is expected
+
+
+def warn_where_stuck(run: Run) -> None:
+    """Warns where step after step is skipped, and the scaler, which is not known, may not hear why."""
+    steps, skipped = run.counts.catch_up(), run.counts.skipped
+    if steps != run.stuck_since[0]:
+        run.stuck_since = steps, skipped
+    elif skipped - run.stuck_since[1] == _PATIENCE:
+        warnings.warn(
+            f"{_PATIENCE} steps in a row were skipped. Where Hessian products or first gradients overflow and the last "
+            "ones do not, the scaler keeps its scale, unless opt.perturb(scaler=scaler), or without perturb() "
+            "opt.hessian_pass(scaler=scaler), lets the optimizer tell it",
+            stacklevel=2,
+        )
 
 
 class LossScale:

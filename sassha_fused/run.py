@@ -43,6 +43,7 @@ class Run:
         loss_scale: that of the step to come, where its scaler was given already.
         processes: the replicas, where data_parallel() was called.
         groups: the optimizer's.
+        stuck_since: the counts of steps and of skipped ones behind the last step that was taken, as far as noticed.
     """
 
     flat: FlatState
@@ -58,6 +59,7 @@ class Run:
     loss_scale: LossScale | None = None
     processes: Replicas | None = None
     groups: Callable[[], Groups] = lambda: ()
+    stuck_since: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         self.accepted = AcceptedGroups(self.flat.method)

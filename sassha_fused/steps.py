@@ -16,7 +16,7 @@ from .checks import is_single, refuse_unperturbed
 from .closures import accumulate, closures_of, ends_step, walk
 from .curvature.check import check_products
 from .gradients import drop_spent, grads_of, mark_droppable, of_groups, refuse_accumulated
-from .precision import LossScale, is_scale_of, loss_scale
+from .precision import LossScale, is_scale_of, loss_scale, warn_where_stuck
 from .run import Run
 from .step import Step
 
@@ -227,6 +227,8 @@ class SteppingOptimizer(Optimizer):
         """What scaler.step() has left here, and takes away afterwards."""
         run, attributes = self._run, vars(self)
         scale = (run.step.scale if run.step is not None else run.loss_scale) or LossScale(self)
+        if scale.scaler is None:
+            warn_where_stuck(run)
         scale.take_over(attributes["found_inf"], attributes["grad_scale"])
         if run.step is not None:
             run.step.scale = scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -167,6 +168,28 @@ def test_a_scaler_that_is_not_told_keeps_its_scale_where_its_own_gradients_are_f
         assert problem.opt.skipped_steps == skipped
         assert scaler.get_scale() == _SCALE
         assert_same(weights(problem.params), before)
+
+
+@pytest.mark.parametrize("variant, place", [("Sassha", "first pass"), ("AdaHessian", "products")])
+def test_a_warning_says_so_where_no_step_is_taken_any_more(variant: str, place: str) -> None:
+    problem, scaler = variant_of(variant), scaler_of(_SCALE)
+
+    def spoilt_steps(count: int, loop: str = "phases") -> int:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(count):
+                step(problem, scaler, loop, lambda: problem.loss() + PLACES[place](problem))
+        assert all("the scaler keeps its scale, unless opt.perturb(scaler=scaler)" in str(w.message) for w in caught)
+        return len(caught)
+
+    assert spoilt_steps(20) == 0
+    assert spoilt_steps(1) == 1
+    assert spoilt_steps(20) == 0  # once
+    problem.steps = 0
+    train(problem, scaler, "phases", 1 if variant == "Sassha" else 3)
+    assert spoilt_steps(20) == 0
+    assert spoilt_steps(2) == 1
+    assert spoilt_steps(50, "told") == 0
 
 
 @pytest.mark.parametrize("place", ["last pass", "loss"])
