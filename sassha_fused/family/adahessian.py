@@ -26,8 +26,8 @@ class AdaHessian(FusedOptimizer):
     those of :class:`Sassha` with ``rho`` 0.
 
     Args:
-        params, lr, betas, weight_decay, hessian_interval, hessian_warmup, hessian_samples, hvp, bias_correction,
-            maximize, seed, backend: as in :class:`Sassha`.
+        params, lr, betas, weight_decay, hessian_interval, hessian_warmup, hessian_samples, hessian_batches, hvp,
+            bias_correction, maximize, seed, backend: as in :class:`Sassha`.
         eps: :math:`\epsilon`, beside the root.
         hessian_power: :math:`\alpha` in (0, 1], of the root of D.
         hessian_block: as in :class:`Sassha`; the mean of :math:`|H|` over a block is squared. The paper's averaging

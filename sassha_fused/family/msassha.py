@@ -37,8 +37,8 @@ class MSassha(FusedOptimizer):
     A parameter has state from the first step on that finds it trained, whether or not it gets a gradient.
 
     Args:
-        params, lr, betas, eps, weight_decay, rho, hessian_interval, hessian_warmup, hessian_samples, hessian_power,
-            hessian_block, hvp, bias_correction, maximize, seed, backend: as in :class:`Sassha`.
+        params, lr, betas, eps, weight_decay, rho, hessian_interval, hessian_warmup, hessian_samples, hessian_batches,
+            hessian_power, hessian_block, hvp, bias_correction, maximize, seed, backend: as in :class:`Sassha`.
         adaptive: scale the perturbation by the weights (ASAM): :math:`N = \| |w| m \|_2`,
             :math:`w' = w - \rho w^2 m / N`; of float64 and float32 parameters.
         exact_restore: keep a copy of :math:`w` while the weights are at :math:`w'`, 4 bytes per float32 parameter.

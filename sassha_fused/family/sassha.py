@@ -43,8 +43,8 @@ class Sassha(FusedOptimizer):
     A step whose loss, gradients or Hessian products are not finite leaves no trace but in :attr:`skipped_steps`. A
     parameter without a gradient in either pass is not touched, and its counts stand still.
 
-    ``hessian_interval``, ``hessian_warmup``, ``hessian_samples`` and ``seed`` have one value for all groups; other
-    entries of a group may differ.
+    ``hessian_interval``, ``hessian_warmup``, ``hessian_samples``, ``hessian_batches`` and ``seed`` have one value for
+    all groups; other entries of a group may differ.
 
     Args:
         params: parameters or dicts of parameter groups; float64, float32, bfloat16 or float16, dense, real. State is
@@ -60,6 +60,7 @@ class Sassha(FusedOptimizer):
         hessian_interval: k, steps from one Hessian evaluation to the next.
         hessian_warmup: so many steps at the start are all Hessian steps.
         hessian_samples: S, probes per evaluation.
+        hessian_batches: products from the first so many micro-batches of a step only, scaled up to all; None: from all.
         hessian_power: :math:`\alpha` in (0, 1].
         hessian_block: of parameters of two or more dimensions so many elements in a row, in the order of memory, share
             one number of D: :math:`|H|` is averaged over them first. A power of 2 up to 128; fixed once there is state.

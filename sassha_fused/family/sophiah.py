@@ -27,8 +27,9 @@ class SophiaH(FusedOptimizer):
     :class:`Sassha` with ``rho`` 0.
 
     Args:
-        params, lr, betas, weight_decay, hessian_interval, hessian_warmup, hessian_samples, hvp, maximize, seed,
-            backend: as in :class:`Sassha`. The paper draws its probes from a Gaussian; these are random signs.
+        params, lr, betas, weight_decay, hessian_interval, hessian_warmup, hessian_samples, hessian_batches, hvp,
+            maximize, seed, backend: as in :class:`Sassha`. The paper draws its probes from a Gaussian; these are random
+            signs.
         eps: :math:`\epsilon`. With 0, a weight whose m and D are 0 is divided by 0.
         clip_threshold: :math:`\gamma`, the paper's .01 to .05.
 
