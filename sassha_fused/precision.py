@@ -77,6 +77,7 @@ class LossScale:
         self._of_gradients: Tensor | None = None
         self._of_products: Tensor | None = None
         self._found_inf: Tensor | None = None
+        self._found_before: list[Tensor] = []
         self._settled = False
 
     @property
@@ -142,6 +143,7 @@ class LossScale:
     def await_gradients(self) -> None:
         """The scaler may unscale gradients once more: those of a second pass, or after an error those of a new step."""
         if self.scaler is not None and self._entry["stage"] is OptState.UNSCALED:
+            self._found_before += self._entry["found_inf_per_device"].values()
             self._entry["stage"] = OptState.READY
 
     # ---------------------------------------------------------------- the end of a step
@@ -172,8 +174,8 @@ class LossScale:
             scale = None if self._entry["stage"] is OptState.UNSCALED else scaler._scale
             if scale is not None:
                 scaler._check_inf_per_device(optimizer)
-            found = [one.to(scaler._scale.device) for one in self._entry["found_inf_per_device"].values()]
-            self.take_over(torch.stack(found).sum(), scale)
+            found = [*self._found_before, *self._entry["found_inf_per_device"].values()]
+            self.take_over(torch.stack([one.to(scaler._scale.device) for one in found]).sum(), scale)
         if needed and self._of_products is None:
             call = "with opt.hessian_pass(scaler=scaler)" if single else "opt.perturb(scaler=scaler)"
             raise ValueError(

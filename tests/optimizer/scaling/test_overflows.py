@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.support.members import OfMember, assert_at_w
 from tests.support.pairs import every_pair
@@ -279,6 +279,42 @@ def test_batch_norm_statistics_and_weights_stay_finite_at_a_first_pass_that_over
     step(problem, scaler, "closure", loss)
     assert len(seen) == 2
     assert_same(seen[1], seen[0])  # w' is w where N is not finite
+
+
+@pytest.mark.parametrize("variant", ["Sassha", "MSassha", "SAMAdamW", "SophiaH"])
+@pytest.mark.parametrize("place", ["first pass", "last pass"])
+def test_what_clipping_by_value_hides_in_a_closure_is_not_taken(place: str, variant: str) -> None:
+    problem, scaler = variant_of(variant), scaler_of(_SCALE)
+    if not has(place, problem):
+        place = "last pass"
+    before = weights(problem.params)
+
+    def closure() -> Tensor:
+        value = problem.loss() + PLACES[place](problem) * 8
+        scaler.scale(value).backward()
+        scaler.unscale_(problem.opt)
+        nn.utils.clip_grad_value_(problem.params, 0.1)
+        assert all(param.grad.isfinite().all() for param in problem.params)
+        return value
+
+    for skipped in (1, 2, 3):
+        problem.opt.step(closure, scaler=scaler)
+        scaler.update()
+        assert (problem.opt.skipped_steps, scaler.get_scale()) == (skipped, _SCALE / 2**skipped)
+        assert_same(weights(problem.params), before)
+
+
+@pytest.mark.parametrize("variant", ["Sassha", "MSassha", "SAMAdamW", "SophiaH"])
+def test_nor_in_a_hand_written_loop(variant: str) -> None:
+    problem, scaler = variant_of(variant), scaler_of(_SCALE)
+    before = weights(problem.params)
+    passes(problem, scaler, lambda: problem.loss() + _in_last(problem), scaler)
+    scaler.unscale_(problem.opt)
+    nn.utils.clip_grad_value_(problem.params, 0.1)
+    scaler.step(problem.opt)
+    scaler.update()
+    assert (problem.opt.skipped_steps, scaler.get_scale()) == (1, _SCALE / 2)
+    assert_same(weights(problem.params), before)
 
 
 def test_what_restore_took_products_of_overflows_too() -> None:
