@@ -72,7 +72,6 @@ class Curvature:
         self.products: passes.Products = ()
         self._took_part: Sequence[Selection] = ()
         self.parts, self._sums = 0, dict[Tensor, Tensor]()
-        self._evaluated = False
         self.taken = False
         self._watch, run.watch = run.watch, None
         if self._watch is None and SOURCES[run.hvp].needs_graph:
@@ -127,9 +126,17 @@ class Curvature:
             RuntimeError: the graph cannot be differentiated.
         """
         with self._run.uninterrupted:  # hooks are moved about
-            self._take(graph, keep_graph)
-            if self._run.processes is not None:  # which may take products of other parameters each
-                self._add()
+            selections, own = with_gradients(self.of), self._own()
+            self.products = ()
+            if self._are_due(selections):
+                products = self._estimate(own, graph, keep_graph)
+                if self._run.processes is None:
+                    self.products = products
+                else:  # each may have taken products of other parameters
+                    self._add(own, products)
+            elif selections:
+                self._notice_graph_in_vain()
+            self._took_part = [selection.with_grads(()) for selection in selections]
             self.conclude()
 
     def take_part(self, graph: Sequence[Any], is_last: bool) -> None:
@@ -138,33 +145,30 @@ class Curvature:
         is_last: whether no other is to come; where hessian_batches are fewer, the last of those is.
         """
         with self._run.uninterrupted:
-            self._take(graph, keep_graph=False)
-            self._add()
+            own = self._own()
+            self._add(own, self._estimate(own, graph, keep_graph=False))
             if is_last or self.parts == self._groups[0]["hessian_batches"]:
                 self.conclude()
 
-    def _take(self, graph: Sequence[Any], keep_graph: bool) -> None:
-        selections, own = with_gradients(self.of), self._own()
-        self.products = ()
-        self._evaluated = self._run.counts.next_is_scheduled(self._groups[0]) or any(
-            s.lacks_hessian() for s in selections
-        )
-        if self._evaluated and own:
-            if SOURCES[self._run.hvp].needs_graph:
-                self._refuse_lost_graphs(own)
-            self.number_evaluation()
-            samples, seed = (int(self._groups[0][name]) for name in ("hessian_samples", "seed"))
-            with passes.explaining_refusals(own), twice_differentiable():
-                refuse_once_differentiable(graph)
-                keeps_sign = self._run.flat.method.second_average == "signed"
-                self.products = estimate(SOURCES[self._run.hvp], own, samples, seed, keeps_sign, keep_graph)
-        elif selections and not self._evaluated:
-            self._notice_graph_in_vain()
-        self._took_part = [selection.with_grads(()) for selection in own]
+    def _are_due(self, selections: Sequence[Selection]) -> bool:
+        """Whether products are due where these are the parameters that take part."""
+        return self._run.counts.next_is_scheduled(self._groups[0]) or any(s.lacks_hessian() for s in selections)
 
-    def _add(self) -> None:
-        for selection, products in zip(self._took_part, self.products, strict=False):
-            for param, product in zip(selection.params, products, strict=True):
+    def _estimate(self, selections: Sequence[Selection], graph: Sequence[Any], keep_graph: bool) -> passes.Products:
+        if not selections and self._run.processes is not None:
+            return ()  # this replica has used none of the parameters
+        if SOURCES[self._run.hvp].needs_graph:
+            self._refuse_lost_graphs(selections)
+        self.number_evaluation()
+        samples, seed = (int(self._groups[0][name]) for name in ("hessian_samples", "seed"))
+        with passes.explaining_refusals(selections), twice_differentiable():
+            refuse_once_differentiable(graph)
+            keeps_sign = self._run.flat.method.second_average == "signed"
+            return estimate(SOURCES[self._run.hvp], selections, samples, seed, keeps_sign, keep_graph)
+
+    def _add(self, selections: Sequence[Selection], products: passes.Products) -> None:
+        for selection, of_bucket in zip(selections, products, strict=True):
+            for param, product in zip(selection.params, of_bucket, strict=True):
                 self._sums[param] = self._sums[param] + product if param in self._sums else product
         self.parts += 1
 
@@ -206,10 +210,12 @@ class Curvature:
     def products_of(self, selections: Sequence[Selection], micro_batches: int) -> passes.Products:
         """The products that were taken of these; ValueError where they were taken of other parameters."""
         if self.parts:
+            if not self._are_due(selections):  # which only the last micro-batch tells where a parameter joins
+                self._notice_graph_in_vain()
+                return ()
             factor, processes = micro_batches / self.parts, self._run.processes
-            whole = selections if self._evaluated else ()
-            sums = [[self._sum_of(param, factor) for param in selection.params] for selection in whole]
-            return sums if processes is None or not sums else processes.mean(sums)
+            sums = [[self._sum_of(param, factor) for param in selection.params] for selection in selections]
+            return sums if processes is None else processes.mean(sums)
         taken, now = ([(s.bucket, s.rows) for s in these] for these in (self._took_part, selections))
         if self.products and taken != now:
             raise ValueError(
