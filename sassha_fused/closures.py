@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .curvature.of_step import take_part
-from .gradients import mark_droppable
+from .gradients import detach, mark_droppable
 from .micro_batches import Arrivals
 from .step import Step
 
@@ -58,7 +58,7 @@ def accumulate(step: Step, closures: Sequence[Closure], params: Sequence[Tensor]
 
 
 def _sum(losses: Sequence[Tensor]) -> Tensor:
-    return losses[0] if len(losses) == 1 else torch.stack(list(losses)).sum()
+    return sum(losses[1:], losses[0])  # of one element each, in whatever shape
 
 
 def _evaluate_each(step: Step, closures: Sequence[Closure], params: Sequence[Tensor], ends: bool) -> list[Tensor]:
@@ -88,8 +88,9 @@ def _evaluate_each(step: Step, closures: Sequence[Closure], params: Sequence[Ten
 def _take_in(step: Step, params: Sequence[Tensor], is_last: bool) -> None:
     """Takes in one of the several micro-batches of a pass; its gradients stay for the next to add to."""
     batches, takes = step.micro_batches, step.awaits_products
+    had_graph = not takes and bool(detach(params))  # of a closure that builds one unasked
     if batches.arrivals is not None:
-        batches.arrivals.refuse_cleared(params, in_place=not takes)
+        batches.arrivals.refuse_cleared(params, in_place=not takes and not had_graph)
     if takes:
         take_part(step, is_last)
     if step.scale is not None and not is_last:

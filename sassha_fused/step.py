@@ -111,7 +111,7 @@ class Step:
     def around_pass(self) -> AbstractContextManager[None]:
         """What a pass of the network runs in, so that its gradients are those that this step needs."""
         if self.curvature is not None and not self.curvature.taken:
-            self.run.others = ()
+            self.run.others = self.run.others if self.micro_batches.arrivals is not None else ()  # the pass begins
             return building_graphs(partial(self.curvature.around_backward, self))
         return set_aside(self.run.others) if self.is_second_pass else nullcontext()
 
