@@ -34,12 +34,8 @@ class FusedOptimizer(SteppingOptimizer):
         method = replace(self.method, names=tuple(defaults))
         check_groups([defaults], method)
         show_no_warning_of_cycles()
-        self._begin_run(backend, method, hvp)
+        self._run = Run(FlatState(backend, method), hvp, weakref.ref(self))
         super().__init__(params, defaults)
-
-    def _begin_run(self, backend: str, method: Method, hvp: str) -> None:
-        to_self = weakref.ref(self)
-        self._run = Run(FlatState(backend, method), hvp, groups=lambda: to_self().param_groups)  # type: ignore[union-attr]
 
     @property
     def state(self) -> States:
@@ -123,7 +119,8 @@ class FusedOptimizer(SteppingOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         if "_flat_state" in state:  # a copy, or what was pickled
-            self._begin_run(*state.pop("_flat_state"))
+            backend, method, hvp = state.pop("_flat_state")
+            self._run = Run(FlatState(backend, method), hvp, weakref.ref(self))
         self.state = state.pop("state", self.state)
         super().__setstate__(state)
         run = self._run

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _PATIENCE = 20
 
 
-def loss_scale(optimizer: Optimizer, scaler: GradScaler | None, call: str) -> LossScale | None:
+def loss_scale(optimizer: weakref.ref[Optimizer], scaler: GradScaler | None, call: str) -> LossScale | None:
     """The loss scale of a step that is told its scaler; None where that is none or not enabled.
 
     Raises:
@@ -69,8 +69,8 @@ class LossScale:
     of the last pass are divided by it.
     """
 
-    def __init__(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> None:
-        self._optimizer = weakref.ref(optimizer)
+    def __init__(self, optimizer: weakref.ref[Optimizer], scaler: GradScaler | None = None) -> None:
+        self._optimizer = optimizer
         self.scaler = scaler
         self._in_closure = False
         self._scaled_by_closure = False

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
 from .accepted_groups import AcceptedGroups
 from .checks import is_single
@@ -42,12 +44,13 @@ class Run:
         graphs_in_vain: steps that built a graph for the first Hessian of parameters that then had no gradient.
         loss_scale: that of the step to come, where its scaler was given already.
         processes: the replicas, where data_parallel() was called.
-        groups: the optimizer's.
         stuck_since: the counts of steps and of skipped ones behind the last step that was taken, as far as noticed.
+        optimizer: whose record it is, for a scaler, which knows nothing of wrappers.
     """
 
     flat: FlatState
     hvp: str
+    optimizer: weakref.ref[Optimizer]
     counts: Counts = field(default_factory=Counts)
     states: States = field(default_factory=lambda: States({}))
     accepted: AcceptedGroups = field(init=False)
@@ -58,7 +61,6 @@ class Run:
     graphs_in_vain: int = 0
     loss_scale: LossScale | None = None
     processes: Replicas | None = None
-    groups: Callable[[], Groups] = lambda: ()
     stuck_since: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
@@ -140,6 +142,12 @@ class Run:
     def new_watch(self, groups: Groups) -> GradientWatch:
         """Hooks for the pass of a Hessian step."""
         return GradientWatch((p for p in of_groups(groups) if p.requires_grad), refuse_unknown_modules(self))
+
+    def groups(self) -> Groups:
+        """The optimizer's."""
+        optimizer = self.optimizer()
+        assert optimizer is not None
+        return optimizer.param_groups
 
     @property
     def builds_graph(self) -> bool:

@@ -77,7 +77,7 @@ class SteppingOptimizer(Optimizer):
             return
         if run.processes is not None and not along_momentum:
             run.processes.refuse_unsynced()
-        run.loss_scale = None if scaler is None else loss_scale(self, scaler, "perturb()")
+        run.loss_scale = None if scaler is None else loss_scale(run.optimizer, scaler, "perturb()")
         Step.to_w_prime(run, groups)
 
     @contextmanager
@@ -94,9 +94,9 @@ class SteppingOptimizer(Optimizer):
         """
         run = self._run
         if run.step is not None and scaler is not None:
-            run.step.scale = loss_scale(self, scaler, "hessian_pass()")
+            run.step.scale = loss_scale(run.optimizer, scaler, "hessian_pass()")
         elif run.step is None and is_single(self.param_groups):
-            run.loss_scale = loss_scale(self, scaler, "hessian_pass()")
+            run.loss_scale = loss_scale(run.optimizer, scaler, "hessian_pass()")
         if not self.hessian_due:
             yield
         elif run.step is not None:
@@ -208,7 +208,7 @@ class SteppingOptimizer(Optimizer):
             if step is not None:
                 step.give_up()
             refuse_accumulated(params)
-            run.loss_scale = loss_scale(self, scaler, "step(closure)")
+            run.loss_scale = loss_scale(run.optimizer, scaler, "step(closure)")
             step = Step(run, self.param_groups)
         elif not is_scale_of(step.scale, scaler):
             raise ValueError(f"scaler must be the same in accumulate() and step(), got {scaler!r}")
@@ -226,7 +226,7 @@ class SteppingOptimizer(Optimizer):
     def _take_over_scale(self) -> None:
         """What scaler.step() has left here, and takes away afterwards."""
         run, attributes = self._run, vars(self)
-        scale = (run.step.scale if run.step is not None else run.loss_scale) or LossScale(self)
+        scale = (run.step.scale if run.step is not None else run.loss_scale) or LossScale(run.optimizer)
         if scale.scaler is None:
             warn_where_stuck(run)
         scale.take_over(attributes["found_inf"], attributes["grad_scale"])
