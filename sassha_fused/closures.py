@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .curvature.of_step import take_part
-from .gradients import detach, mark_droppable
+from .gradients import detach, mark_droppable, refuse_dropping
 from .micro_batches import Arrivals
 from .step import Step
 
@@ -136,11 +136,13 @@ def _run_backward(loss: Tensor, params: Sequence[Tensor], step: Step) -> None:
             raise
 
 
-def ends_step(closures: Sequence[Closure], params: Sequence[Tensor]) -> bool:
+def ends_step(closures: Sequence[Closure], params: Sequence[Tensor], perturbed: bool) -> bool:
     """Whether a closure that does nothing, as Lightning makes, stands for none at the end of a step in phase style."""
     if all(param.grad is None for param in params):
         return False
     if len(closures) > 1 or closures[0]() is not None:
+        if not perturbed:
+            refuse_dropping()
         raise ValueError(
             "step(closure) after perturb() and a second backward: the step under way would be dropped. Call step() "
             "without a closure, or restore() and zero_grad() first"

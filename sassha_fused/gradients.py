@@ -80,16 +80,19 @@ def drop_spent(params: Iterable[Tensor]) -> None:
         param.grad = None
 
 
-def refuse_accumulated(params: Iterable[Tensor]) -> None:
-    """ValueError where somebody has left gradients that a closure's step would drop."""
-    for param in params:
-        if (grad := param.grad) is not None and getattr(grad, "_droppable_in_version", None) != grad._version:
-            raise ValueError(
-                "step(closure) found gradients that it would drop: of a backward outside the closure, as in gradient "
-                "accumulation, or left by a step without a closure, this optimizer's or another's. Several "
-                "micro-batches: opt.accumulate(closure) for all but the last, or opt.step([closure, closure, ...]). If "
-                "these gradients are not needed, call opt.zero_grad() before step(closure)"
-            )
+def would_drop(params: Iterable[Tensor]) -> bool:
+    """Whether somebody has left gradients that a closure's step would drop."""
+    return any(getattr(grad, "_droppable_in_version", None) != grad._version for grad in grads_of(params))
+
+
+def refuse_dropping() -> NoReturn:
+    """ValueError: a closure's step would drop gradients."""
+    raise ValueError(
+        "step(closure) found gradients that it would drop: of a backward outside the closure, as in gradient "
+        "accumulation, or left by a step without a closure, this optimizer's or another's. Several "
+        "micro-batches: opt.accumulate(closure) for all but the last, or opt.step([closure, closure, ...]). If "
+        "these gradients are not needed, call opt.zero_grad() before step(closure)"
+    )
 
 
 def refuse_clearing() -> NoReturn:

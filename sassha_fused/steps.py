@@ -15,7 +15,7 @@ from . import checkpoint
 from .checks import is_single, refuse_unperturbed
 from .closures import accumulate, closures_of, ends_step, walk
 from .curvature.check import check_products
-from .gradients import drop_spent, grads_of, mark_droppable, of_groups, refuse_accumulated
+from .gradients import drop_spent, grads_of, mark_droppable, of_groups, refuse_dropping, would_drop
 from .precision import LossScale, is_scale_of, loss_scale, warn_where_stuck
 from .run import Run
 from .step import Step
@@ -164,7 +164,8 @@ class SteppingOptimizer(Optimizer):
                 self._take_over_scale()
             accumulates = run.step is not None and run.step.micro_batches.closures
             params = of_groups(self.param_groups) if closures else []
-            if closures and not (self.perturbed and not accumulates and ends_step(closures, params)):
+            by_hand = self.perturbed or (is_single(self.param_groups) and would_drop(params))
+            if closures and (accumulates or not (by_hand and ends_step(closures, params, self.perturbed))):
                 return self._by_closures(walk, closures, params, scaler)
             self._finish()
             run.loss_scale = None
@@ -207,7 +208,8 @@ class SteppingOptimizer(Optimizer):
         if step is None or not step.micro_batches.closures:
             if step is not None:
                 step.give_up()
-            refuse_accumulated(params)
+            if would_drop(params):
+                refuse_dropping()
             run.loss_scale = loss_scale(run.optimizer, scaler, "step(closure)")
             step = Step(run, self.param_groups)
         elif not is_scale_of(step.scale, scaler):

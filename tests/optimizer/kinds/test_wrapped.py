@@ -72,6 +72,32 @@ def test_every_style_takes_the_same_steps(style: str, wrapped: Problem) -> None:
 
 
 @each_wrapper
+def test_phases_of_steps_of_one_pass(wrapper: str) -> None:
+    wrapped = Problem(rho=0.0)
+    wrapped.inner = wrapped.opt
+    wrapped.opt = WRAPPERS[wrapper](wrapped.opt)
+    for _ in range(7):
+        wrapped.opt.zero_grad()
+        with wrapped.opt.hessian_pass():
+            wrapped.loss().backward()
+        wrapped.opt.step()
+        wrapped.steps += 1
+    assert_same(snapshot(wrapped), snapshot(Problem(rho=0.0).train(7)))
+
+
+@each_wrapper
+@pytest.mark.parametrize("rho", [0.0, 0.2])
+def test_gradients_that_a_closures_step_would_drop_are_refused(rho: float, wrapper: str) -> None:
+    wrapped = Problem(rho=rho)
+    wrapped.opt = WRAPPERS[wrapper](wrapped.opt)
+    before = weights(wrapped.params)
+    wrapped.loss().backward()
+    with pytest.raises(ValueError, match="found gradients that it would drop"):
+        wrapped.opt.step(wrapped.loss)
+    assert_same(weights(wrapped.params), before)
+
+
+@each_wrapper
 @all_styles
 def test_steps_through_wrapper_and_optimizer_mix(style: str, wrapped: Problem) -> None:
     wrapper = wrapped.opt
