@@ -35,8 +35,7 @@ def walk(step: Step, closures: Sequence[Closure], params: Sequence[Tensor]) -> T
     """
     every = [*step.micro_batches.closures, *closures]
     step.micro_batches.count = len(every)
-    if not step.micro_batches.closures:
-        step.begin()
+    _begin_or_go_on(step)
     losses = [_sum([*step.micro_batches.losses, *_evaluate_each(step, closures, params, ends=True)])]
     while step.arrive():
         step.micro_batches.refuse_rebound()
@@ -50,11 +49,22 @@ def walk(step: Step, closures: Sequence[Closure], params: Sequence[Tensor]) -> T
 
 def accumulate(step: Step, closures: Sequence[Closure], params: Sequence[Tensor]) -> Tensor:
     """The first pass of micro-batches that are not the last of their step; returns their loss."""
-    if not step.micro_batches.closures:
-        step.begin()
+    _begin_or_go_on(step)
     losses = _evaluate_each(step, closures, params, ends=False)
     step.micro_batches.keep(closures, losses)
+    if step.perturbed:  # along the momentum; meanwhile somebody may evaluate the model, or save it
+        step.swap()
+        step.micro_batches.back_at_w = True
     return _sum(losses)
+
+
+def _begin_or_go_on(step: Step) -> None:
+    """Before the first micro-batch of a step, or the next."""
+    if not step.micro_batches.closures:
+        step.begin()
+    elif step.micro_batches.back_at_w:
+        step.swap()
+        step.micro_batches.back_at_w = False
 
 
 def _sum(losses: Sequence[Tensor]) -> Tensor:

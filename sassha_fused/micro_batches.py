@@ -53,6 +53,7 @@ class MicroBatches:
         closures, losses: what accumulate() has evaluated.
         in_one_of_several: whether the closure of one is under way, whose gradients add to those before.
         arrivals: what those of a pass have left so far.
+        back_at_w: whether the weights have left w' for w until the next comes.
     """
 
     count: int = 1
@@ -60,6 +61,7 @@ class MicroBatches:
     losses: list[Tensor] = field(default_factory=list)
     in_one_of_several: bool = False
     arrivals: Arrivals | None = None
+    back_at_w: bool = False
     _bindings: list[Bindings] = field(default_factory=list)
 
     def keep(self, closures: Sequence[Callable[[], Any]], losses: Sequence[Tensor]) -> None:

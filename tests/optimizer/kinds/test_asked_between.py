@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from sassha_fused import Sassha
 from tests.support.kinds import Net, assert_clean, assert_goes_on, refused
+from tests.support.members import MEMBERS, OfMember, assert_at_w
 from tests.support.problems import Problem, assert_same, single_threaded, weights
 
 one_thread = pytest.fixture(autouse=True)(single_threaded)
@@ -240,3 +242,31 @@ def test_a_checkpoint_loaded_optimizer_first_stays_too() -> None:
     problem.model.load_state_dict(source.model.state_dict())
     problem.steps = 5
     assert_same(problem.train(3).snapshot(), source.train(3).snapshot())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Between micro-batches
+
+
+def squared_error(problem: OfMember, batch: int) -> Tensor:
+    return (problem.model(problem.inputs[batch]) - problem.targets[batch]).square().mean()
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_between_micro_batches_the_weights_are_w_and_a_checkpoint_ends_nothing(member: str) -> None:
+    def trained(save: bool) -> OfMember:
+        problem = OfMember(member)
+        for _ in range(4):
+            problem.opt.zero_grad()
+            before = weights(problem.params)
+            for batch in range(3):
+                closure = functools.partial(squared_error, problem, problem.steps + batch)
+                (problem.opt.accumulate if batch < 2 else problem.opt.step)(closure)
+                if save and batch < 2:
+                    assert_at_w(problem, before)
+                    assert not problem.opt.perturbed
+                    saved_to_file(problem.opt)
+            problem.steps += 3
+        return problem
+
+    assert_same(trained(save=True).snapshot(), trained(save=False).snapshot())
