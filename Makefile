@@ -15,7 +15,7 @@ TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest
 .DELETE_ON_ERROR:
 # No recipe calls make, and ninja trips over the job server of a make -j that it cannot reach.
 unexport MAKEFLAGS
-.PHONY: help demo demo-language check test bench sass ptx lint format build wheel clean compiler
+.PHONY: help demo demo-language check test test-long bench sass ptx lint format build wheel clean compiler
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -27,11 +27,14 @@ demo-language: compiler $(EXTENSION) $(VENV)/.demo ## train a character GPT with
 	$(VENV)/bin/python -m examples.chargpt
 
 check: compiler $(EXTENSION) ## run the quick tests, in two to three minutes: backends cpu and eager, nothing marked slow
-	$(TESTS) -m "not slow and not gpu"
+	$(TESTS) -m "not slow and not long and not gpu"
 
-test: compiler $(EXTENSION) ## run all tests, and measure the coverage of those that run Python
-	$(TESTS) -m "not untraced" --cov --cov-report=term-missing
-	$(TESTS) -m untraced
+test: compiler $(EXTENSION) ## run all tests but the long ones, and measure the coverage of those that run Python
+	$(TESTS) -m "not untraced and not long" --cov --cov-report=term-missing
+	$(TESTS) -m "untraced and not long"
+
+test-long: compiler $(EXTENSION) ## run the long tests: planted faults, sanitizers, all targets of Triton, thousands of steps
+	$(TESTS) -m long
 
 bench: compiler $(EXTENSION) ## time the optimizer step; the JSON goes to .benchmarks
 	$(VENV)/bin/python -m pytest bench

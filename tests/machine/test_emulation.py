@@ -15,7 +15,7 @@ from tests.support import emulation
 from tests.support.backends import marks_of
 from tests.support.emulation import BACKEND
 
-pytestmark = marks_of(BACKEND)
+pytestmark = [pytest.mark.long, *marks_of(BACKEND)]
 
 ORDERS = ("forward", "reversed", "shuffled")
 

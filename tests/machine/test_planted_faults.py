@@ -19,7 +19,7 @@ from tests.support.backends import marks_of
 from tests.support.faults import FAILED, UNEXPLAINED, plant
 from tests.support.forks import Forks
 
-pytestmark = marks_of(emulation.BACKEND)
+pytestmark = [pytest.mark.long, *marks_of(emulation.BACKEND)]
 
 # Quick to compile; the sanitizer alone that needs no preloaded library.
 PLAIN = ("-O0",)

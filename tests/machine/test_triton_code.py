@@ -47,6 +47,8 @@ from sassha_fused.triton_kernels.counts import SCALARS
 
 pytestmark = pytest.mark.slow
 
+OTHER_TARGETS = [pytest.param(target, marks=pytest.mark.long) for target in TARGETS if target != WHOLE_TARGET]
+
 # What a thread may be given; more where a vector has eight elements, for a logarithm, and for sums of squares. With two
 # of these a multiprocessor still runs four programs of 128 threads, with all three it runs three.
 MOST_REGISTERS = 64
@@ -62,16 +64,23 @@ GUARD_LOADS = {32: 1, 16: 2}
 PAIRS = {"inspect_kernel": (3, 3), "update_kernel": (4, 1)}
 
 
+def compiled_for(*targets: str) -> list[Compiled]:
+    with turn(FOLDER):
+        return compile_all(targets=targets)
+
+
 @pytest.fixture(scope="module")
 def everything() -> list[Compiled]:
-    with turn(FOLDER):
-        return compile_all()
+    """Every variant for every target: tests that ask for it are long."""
+    return compiled_for(*TARGETS)
 
 
-@pytest.fixture(scope="module", params=TARGETS)
-def kernels(request: pytest.FixtureRequest, everything: list[Compiled]) -> list[Compiled]:
+@pytest.fixture(scope="module", params=[WHOLE_TARGET, *OTHER_TARGETS])
+def kernels(request: pytest.FixtureRequest) -> list[Compiled]:
     """Every variant, compiled for one target."""
-    return [compiled for compiled in everything if compiled.target == request.param]
+    if request.param == WHOLE_TARGET:
+        return compiled_for(WHOLE_TARGET)
+    return [compiled for compiled in request.getfixturevalue("everything") if compiled.target == request.param]
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +218,7 @@ def test_the_bytes_in_vectors_are_the_floor(kernels: list[Compiled]) -> None:
     assert (found["hutchinson_kernel<fp32, first>"], found["hutchinson_kernel<fp32>"]) == (8, 12)
 
 
+@pytest.mark.long
 def test_what_else_amd_reads_and_writes_16_bytes_at_a_time_are_pairs_of_the_table_and_the_counts(
     everything: list[Compiled],
 ) -> None:
@@ -224,6 +234,7 @@ def test_what_else_amd_reads_and_writes_16_bytes_at_a_time_are_pairs_of_the_tabl
     assert wrong == {}
 
 
+@pytest.mark.long
 def test_ptxas_leaves_the_vectors_as_they_are(everything: list[Compiled]) -> None:
     if find_cuobjdump() is None:
         pytest.skip(NO_TOOL)
@@ -252,6 +263,7 @@ def test_no_kernel_has_more_registers_than_it_is_given(codes: dict[str, tuple[Co
     } == {}
 
 
+@pytest.mark.long
 def test_ptx_limits_the_registers_to_those_that_a_kernel_is_given(everything: list[Compiled]) -> None:
     nvidia = [compiled for compiled in everything if is_nvidia(compiled.target)]
     found = {c.files["ptx"]: re.findall(r"^\.maxnreg (\d+)$", text_of(c), re.MULTILINE) for c in nvidia}
@@ -284,6 +296,7 @@ def test_divisions_and_square_roots_are_there(kernels: list[Compiled]) -> None:
     assert (words[division], words[root] + words[f"{root}_e32"]) == (8, 8)
 
 
+@pytest.mark.long
 def test_amd_keeps_subnormal_numbers_and_rounds_to_nearest(everything: list[Compiled]) -> None:
     modes = ("float_denorm_mode_32 3", "float_denorm_mode_16_64 3", "float_round_mode_32 0", "float_round_mode_16_64 0")
     for compiled in everything:
@@ -292,6 +305,7 @@ def test_amd_keeps_subnormal_numbers_and_rounds_to_nearest(everything: list[Comp
             assert [mode for mode in modes if f".amdhsa_{mode}\n" not in text] == [], shown(compiled.variant)
 
 
+@pytest.mark.long
 def test_amd_gets_a_binary_with_the_kernel_in_it(everything: list[Compiled]) -> None:
     binaries = [compiled for compiled in everything if not is_nvidia(compiled.target)]
     for compiled in binaries:
@@ -316,6 +330,7 @@ def accesses_of(compiled: Compiled, text: str) -> Accesses:
     return (ptx_accesses if is_nvidia(compiled.target) else amd_accesses)(text.splitlines())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("nvidia", "amd", "noticed"),
     [
@@ -336,12 +351,14 @@ def test_another_access_is_noticed(
     assert noticed in found_and_expected(update, accesses_of(update, changed))
 
 
+@pytest.mark.long
 def test_an_access_that_is_wider_is_noticed(everything: list[Compiled]) -> None:
     compiled = the_update(everything, "sm_100")
     changed = text_of(compiled).replace("ld.global.v4.b32", "ld.global.v8.b32", 1)
     assert set(found_and_expected(compiled, accesses_of(compiled, changed))) == {"vectors", "wider"}
 
 
+@pytest.mark.long
 def test_an_access_that_is_repeated_is_noticed(update: Compiled) -> None:
     text = text_of(update)
     nvidia = is_nvidia(update.target)
@@ -350,12 +367,14 @@ def test_an_access_that_is_repeated_is_noticed(update: Compiled) -> None:
         assert found_and_expected(update, accesses_of(update, text.replace(line, f"{line}\n{line}", 1))), line
 
 
+@pytest.mark.long
 def test_an_access_of_bytes_is_noticed(update: Compiled) -> None:
     line = "ld.global.u8 %rs1, [%rd1];" if is_nvidia(update.target) else "buffer_load_ubyte v1, off, s[0:3], 0"
     wrong = found_and_expected(update, accesses_of(update, f"{text_of(update)}\n\t{line}\n"))
     assert wrong == {"loads of 8": (1, 0)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("rounded", "other"),
     [
@@ -376,6 +395,7 @@ def test_another_rounding_is_noticed(everything: list[Compiled], rounded: str, o
     assert unrounded(ptx.replace(rounded, other, 1), compiled) == {other: 1}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("before", "after", "more"), [("fma.rn.f32", "mul.rn.f32", -1), ("mul.rn.f32", "fma.rn.f32", 1)]
 )
@@ -387,6 +407,7 @@ def test_a_fused_multiply_add_more_or_less_is_noticed(
     assert unrounded(changed, compiled) == {"fma of f32": more}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("line", "noticed"),
     [
@@ -428,6 +449,7 @@ def test_a_stack_is_noticed(printed: str, spills: dict[str, int], loads: dict[in
     assert spilled(none) is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -21,6 +21,7 @@ from tests.support.forks import Forks
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(BACKENDS["triton"] != "cpu", reason="Triton is not interpreted here"),
 ]
 
