@@ -67,11 +67,16 @@ def mark_droppable(params: Iterable[Tensor]) -> None:
             grad._droppable_in_version = grad._version  # type: ignore[attr-defined]
 
 
+def is_droppable(grad: Tensor) -> bool:
+    """Whether nothing is lost with this gradient, nothing having been added to it since."""
+    return getattr(grad, "_droppable_in_version", None) == grad._version
+
+
 def drop_spent(params: Iterable[Tensor]) -> None:
     """Clears gradients that a step has used or that were cleared in place; ValueError where there are others."""
     left = [(param, param.grad) for param in params if param.grad is not None]
     used = any(getattr(grad, "_used_in_version", None) == grad._version for _, grad in left)
-    if not used and any(getattr(grad, "_droppable_in_version", None) != grad._version for _, grad in left):
+    if not used and not all(is_droppable(grad) for _, grad in left):
         raise ValueError(
             "perturb() along the momentum found gradients, of which it takes none: it comes before the one backward of "
             "a step. Call zero_grad(), perturb(), and then backward"
@@ -82,7 +87,7 @@ def drop_spent(params: Iterable[Tensor]) -> None:
 
 def would_drop(params: Iterable[Tensor]) -> bool:
     """Whether somebody has left gradients that a closure's step would drop."""
-    return any(getattr(grad, "_droppable_in_version", None) != grad._version for grad in grads_of(params))
+    return not all(map(is_droppable, grads_of(params)))
 
 
 def refuse_dropping() -> NoReturn:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
-from .gradients import refuse_clearing
+from .gradients import is_droppable, refuse_clearing
 from .interrupts import held_back
 
 NO_GRAPH = (
@@ -109,7 +109,8 @@ class GradientWatch:
                 "has lost its graph since it arrived: a hook or an assignment detached it, or it was computed anew "
                 "under no_grad (write into it in place, as clip_grad_norm_ does, or keep its graph)"
             )
-        if param not in self._arrived and param not in self._before:
+        # One that was cleared in place, and reached by no backward since, is 0 whatever the weights are.
+        if param not in self._arrived and param not in self._before and not is_droppable(gradient):
             return "was assigned without a graph"
         return None
 

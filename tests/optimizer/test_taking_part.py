@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sassha_fused import Sassha
+from sassha_fused import AdaHessian, Sassha, SophiaH
 from tests.support.problems import (
     BACKENDS,
     STYLES,
@@ -18,6 +18,7 @@ from tests.support.problems import (
     undisturbed,
     weights,
 )
+from tests.support.reference_family import ReferenceMember
 
 one_thread = pytest.fixture(autouse=True)(single_threaded)
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -176,3 +177,34 @@ def test_a_group_without_parameters_is_no_hindrance(backend: str) -> None:
     problem = Problem(backend)
     problem.opt.add_param_group({"params": []})
     assert_same(problem.train(4).snapshot()["weights"], undisturbed(Problem, backend, 4)["weights"])
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["hessian_pass", "create_graph"])
+@pytest.mark.parametrize("kind", [AdaHessian, SophiaH], ids=lambda kind: kind.__name__)
+def test_a_gradient_cleared_in_place_that_no_backward_reaches_is_0_and_so_is_its_hessian(
+    kind: type[AdaHessian] | type[SophiaH], by_hand: bool
+) -> None:
+    first, second = torch.rand(2, 2, 3, dtype=torch.float64) + 0.5
+    params, others = ([nn.Parameter(first.clone()), nn.Parameter(second.clone())] for _ in range(2))
+    opt = kind(params, lr=0.01, hessian_interval=2)
+    reference = ReferenceMember(others, kind.__name__, lr=0.01, hessian_interval=2)
+    for uses in (True, True, False, False, True):  # Hessian steps are the first, the third and the last
+        opt.zero_grad(set_to_none=False)
+        loss = sum((param**3).sum() for param in (params if uses else params[:1]))
+        if by_hand:
+            loss.backward(create_graph=opt.hessian_due)
+        else:
+            with opt.hessian_pass():
+                loss.backward()
+        opt.step()
+        reference.step(lambda: (others[0] ** 3).sum() + (others[1] ** 3 if uses else 0 * others[1]).sum())
+    for param, other in zip(params, others, strict=True):
+        # A few roundings of each of five steps.
+        torch.testing.assert_close(param.detach(), other.detach(), rtol=1e-13, atol=0)
+        for name, expected in reference.state[other].items():
+            torch.testing.assert_close(
+                torch.as_tensor(opt.state[param][name], dtype=torch.float64),
+                torch.as_tensor(expected, dtype=torch.float64),
+                rtol=1e-13,
+                atol=0,
+            )
