@@ -205,5 +205,6 @@ def refuse_unperturbed(groups: Sequence[dict[str, Any]], along_momentum: bool) -
     way = "before the backward" if along_momentum else "after the first backward and run a second one"
     raise ValueError(
         f"step() without perturb(), though rho is {rho}: the step takes its gradients at w', not at w. Give step() a "
-        f"closure, or call perturb() {way}; or set rho to 0 in every group, and nothing is perturbed"
+        f"closure, or call perturb() {way}; or set rho to 0 in every group, and nothing is perturbed. In a Trainer of "
+        "transformers: sassha_fused.huggingface.two_pass(trainer)"
     )

@@ -36,12 +36,12 @@ def walk(step: Step, closures: Sequence[Closure], params: Sequence[Tensor]) -> T
     every = [*step.micro_batches.closures, *closures]
     step.micro_batches.count = len(every)
     _begin_or_go_on(step)
-    losses = [_sum([*step.micro_batches.losses, *_evaluate_each(step, closures, params, ends=True)])]
+    losses = [_sum([*step.micro_batches.losses, *evaluate_each(step, closures, params, ends=True)])]
     while step.arrive():
         step.micro_batches.refuse_rebound()
         if step.scale is not None:
             step.scale.await_gradients()
-        losses.append(_sum(_evaluate_each(step, every, params, ends=True)))
+        losses.append(_sum(evaluate_each(step, every, params, ends=True)))
     step.finish(losses if step.run.processes is None else step.run.processes.agree(losses))
     mark_droppable(params)
     return losses[0]
@@ -50,7 +50,7 @@ def walk(step: Step, closures: Sequence[Closure], params: Sequence[Tensor]) -> T
 def accumulate(step: Step, closures: Sequence[Closure], params: Sequence[Tensor]) -> Tensor:
     """The first pass of micro-batches that are not the last of their step; returns their loss."""
     _begin_or_go_on(step)
-    losses = _evaluate_each(step, closures, params, ends=False)
+    losses = evaluate_each(step, closures, params, ends=False)
     step.micro_batches.keep(closures, losses)
     if step.perturbed:  # along the momentum; meanwhile somebody may evaluate the model, or save it
         step.swap()
@@ -71,7 +71,7 @@ def _sum(losses: Sequence[Tensor]) -> Tensor:
     return sum(losses[1:], losses[0])  # of one element each, in whatever shape
 
 
-def _evaluate_each(step: Step, closures: Sequence[Closure], params: Sequence[Tensor], ends: bool) -> list[Tensor]:
+def evaluate_each(step: Step, closures: Sequence[Closure], params: Sequence[Tensor], ends: bool) -> list[Tensor]:
     """A pass of several micro-batches, or a part of one: their gradients are summed in .grad.
 
     ends: whether the last of these is the last of the pass.

@@ -26,7 +26,7 @@ from .interrupts import held_back
 NO_GRAPH = (
     "this is a Hessian step, and the gradients carry no graph to differentiate a second time. Ways out: run the second "
     "pass within opt.hessian_pass(), or call loss.backward(create_graph=opt.hessian_due) in it; or give step() a "
-    "closure, and the optimizer sees to it"
+    "closure, and the optimizer sees to it. In a Trainer of transformers: sassha_fused.huggingface.two_pass(trainer)"
 )
 
 
