@@ -91,7 +91,7 @@ def evaluate_each(step: Step, closures: Sequence[Closure], params: Sequence[Tens
     if processes is not None:
         processes.hold_back(False)
         if ends:
-            processes.refuse_unsynced()
+            processes.refuse_unaveraged(step.groups)
     return losses
 
 

@@ -88,7 +88,7 @@ class _TwoPass(TrainerCallback):
         optimizer, accelerator = _optimizer_of(self._trainer), self._trainer.accelerator
         run, params = optimizer._run, of_groups(optimizer.param_groups)
         if not self._closures:
-            run.loss_scale = loss_scale(optimizer, accelerator.scaler, "two_pass(trainer)")
+            run.loss_scale = loss_scale(optimizer._run.optimizer, accelerator.scaler, "two_pass(trainer)")
             Step(run, optimizer.param_groups).begin()
         self._closures.append(closure)
         step, is_last = run.step, accelerator.sync_gradients

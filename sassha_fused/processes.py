@@ -9,18 +9,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parallel.distributed import _find_tensors
 from torch.utils.hooks import RemovableHandle
 
+from .flat import Groups
+from .gradients import is_droppable, name_of, of_groups
+from .replicated import Replicated, known, replicated
 from .selection import Selection
 
 if TYPE_CHECKING:
     from .run import Run
 
-_replicated: weakref.WeakKeyDictionary[DistributedDataParallel, Replicated] = weakref.WeakKeyDictionary()
+_WENT_AROUND = (
+    "the last backward of the pass ran within no_sync(), or its forward around the module. Leave the last micro-batch "
+    "of each pass out of no_sync(), and call model(x), not model.module(x)"
+)
+_UNKNOWN = (
+    "DistributedDataParallel does not average it. It was frozen when the module was made, is ignored by it, or belongs "
+    "to none that data_parallel() was called for: make the module anew, with this parameter in it"
+)
 
 
 def data_parallel(module: DistributedDataParallel, optimizer: Any) -> None:
@@ -38,34 +46,46 @@ def data_parallel(module: DistributedDataParallel, optimizer: Any) -> None:
 
     Raises:
         TypeError: the module is not wrapped, or the optimizer is another.
-        ValueError: the ranks disagree on the schedule of Hessian steps, on the seed or on the steps taken.
+        ValueError: the ranks disagree on a hyperparameter, the seed among them, or on the steps taken; or a parameter
+            was thawed since the module was made, which does not average it.
     """
     if not isinstance(module, DistributedDataParallel):
         raise TypeError(f"module must be a DistributedDataParallel, got {type(module).__name__}")
-    run = getattr(optimizer, "_run", None)
+    run = getattr(optimizer, "_run", None) or getattr(getattr(optimizer, "optimizer", None), "_run", None)
     if run is None:
         raise TypeError(f"optimizer must be one of sassha_fused, got {type(optimizer).__name__}")
+    _refuse_thawed(module)
     _refuse_disagreement(module, run)
-    if module not in _replicated:
-        _replicated[module] = Replicated(module)
-    _replicated[module].runs.add(run)
+    replicated(module).runs.add(run)
     if run.processes is None:
         run.processes = Replicas()
-    if _replicated[module] not in run.processes.modules:
-        run.processes.modules.append(_replicated[module])
+    run.processes.add(replicated(module))
+
+
+def _refuse_thawed(module: DistributedDataParallel) -> None:
+    known = module._get_ddp_logging_data().get("num_parameter_tensors")
+    trained = [param for param in module._module_parameters if param.requires_grad]
+    if known is not None and known < len(trained):
+        raise ValueError(
+            f"module must average all {len(trained)} parameters that require grad, got one that averages {known}: the "
+            "others were frozen when it was made. Make DistributedDataParallel anew after thawing"
+        )
 
 
 def _refuse_disagreement(module: DistributedDataParallel, run: Run) -> None:
-    group = run.groups()[0]
-    mine = {name: group[name] for name in run.flat.method.shared}
-    mine |= {"steps": run.counts.catch_up(), "evaluations": run.counts.evaluations}
+    mine: dict[str, Any] = {"steps": run.counts.catch_up(), "hessian_evaluations": run.counts.evaluations}
+    for number, group in enumerate(run.groups()):
+        for name in run.flat.method.names:
+            value = group[name]
+            mine[f"{name} of group {number}"] = value.item() if isinstance(value, Tensor) else value
     everyone: list[Any] = [None] * dist.get_world_size(module.process_group)
     dist.all_gather_object(everyone, mine, group=module.process_group)
     for rank, theirs in enumerate(everyone):
-        for name, value in mine.items():
-            if theirs[name] != value:
+        for name in dict.fromkeys([*mine, *theirs]):
+            if theirs.get(name) != mine.get(name):
                 raise ValueError(
-                    f"{name} must be the same on all ranks, got {value!r} on this and {theirs[name]!r} on rank {rank}"
+                    f"{name} must be the same on all ranks, got {mine.get(name)!r} on this and {theirs.get(name)!r} on "
+                    f"rank {rank}"
                 )
 
 
@@ -78,8 +98,7 @@ def refuse_unknown_modules(run: Run) -> list[RemovableHandle]:
     def refuse(module: nn.Module, _: object) -> None:
         if not isinstance(module, DistributedDataParallel) or not torch.is_grad_enabled():
             return
-        known = _replicated.get(module)
-        if known is None or weak() not in known.runs:
+        if module not in known or weak() not in known[module].runs:
             raise ValueError(
                 "the pass of a Hessian step through a module under DistributedDataParallel, whose hooks on gradients "
                 "lose their graph, and in no_sync() the replicas would drift apart: call "
@@ -87,90 +106,6 @@ def refuse_unknown_modules(run: Run) -> list[RemovableHandle]:
             )
 
     return [register_module_forward_pre_hook(refuse)]
-
-
-class Replicated:
-    """A module under DistributedDataParallel, and the gradients that its replica has of its own on a Hessian step.
-
-    Attributes:
-        runs: records of the optimizers that train it.
-        local: whether gradients stay on their replica, those of a micro-batch that is not the last.
-        own: this replica's gradients of the last pass, with their graph, before they were averaged.
-        synced: whether the last backward averages gradients; None where none has begun since anybody asked.
-    """
-
-    def __init__(self, module: DistributedDataParallel) -> None:
-        self._module = weakref.ref(module)
-        self.runs: weakref.WeakSet[Run] = weakref.WeakSet()
-        self.local = False
-        self.own: dict[Tensor, Tensor] = {}
-        self.synced: bool | None = None
-        self._takes_over = self._averages = self._queued = False
-        module.register_forward_pre_hook(self._before_forward)
-        module.register_forward_hook(self._after_forward, always_call=True)
-
-    @property
-    def params(self) -> list[Tensor]:
-        """Those that are averaged."""
-        return [param for param in self._module()._module_parameters if param.requires_grad]  # type: ignore[union-attr]
-
-    def _before_forward(self, module: Any, _: object) -> None:
-        if not torch.is_grad_enabled():
-            return
-        syncs = module.require_backward_grad_sync and not self.local
-        self.synced = syncs
-        self._takes_over = self.local or any(run.builds_graph for run in self.runs)
-        self._averages = self._takes_over and syncs
-        if self._takes_over:
-            if module.static_graph and not module._static_graph_delay_allreduce_enqueued:
-                raise ValueError(
-                    "static_graph=True learns from the first backward, which must not be that of a Hessian step or of "
-                    "one of several micro-batches: run one forward and backward, and opt.zero_grad(), before step()"
-                )
-            self._asked, module.require_backward_grad_sync = module.require_backward_grad_sync, False
-
-    def _after_forward(self, module: Any, _: object, output: Any) -> None:
-        if not self._takes_over:
-            return
-        self._takes_over = False
-        module.require_backward_grad_sync = self._asked
-        module.require_forward_param_sync = True
-        if self._averages:
-            self._queued = False
-            for tensor in _find_tensors(output):
-                if tensor.requires_grad:
-                    tensor.register_hook(self._queue_average)
-
-    def _queue_average(self, _: Tensor) -> None:
-        if not self._queued:
-            self._queued = True
-            Variable._execution_engine.queue_callback(self._average)
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        """Puts the gradients aside whose graph is this replica's, and their mean in .grad."""
-        params = self.params
-        own = {param: param.grad for param in params if param.grad is not None}
-        self.own = own
-        used = torch.tensor([param in own for param in params], dtype=torch.float32, device=params[0].device)
-        *means, used = self.mean([*(own[p].detach() if p in own else torch.zeros_like(p) for p in params), used])
-        some_unused = self._module().find_unused_parameters  # type: ignore[union-attr]
-        shares = used.tolist() if some_unused else [1.0] * len(params)
-        for param, mean, share in zip(params, means, shares, strict=True):
-            param.grad = mean if share > 0 else None  # where no replica has used it, it has none, as on other steps
-
-    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Their means over the replicas: a flat all-reduce for each dtype."""
-        group = self._module().process_group  # type: ignore[union-attr]
-        means: list[Tensor] = [torch.empty_like(tensor) for tensor in tensors]
-        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            of_dtype = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
-            flat = torch.cat([tensors[i].reshape(-1) for i in of_dtype])
-            flat /= dist.get_world_size(group)
-            dist.all_reduce(flat, group=group)
-            for i, part in zip(of_dtype, flat.split([tensors[i].numel() for i in of_dtype]), strict=True):
-                means[i].copy_(part.view(tensors[i].shape))
-        return means
 
 
 class Replicas:
@@ -182,27 +117,35 @@ class Replicas:
 
     def __init__(self) -> None:
         self.modules: list[Replicated] = []
+        self._seen: dict[Replicated, object] = {}
+
+    def add(self, module: Replicated) -> None:
+        """Takes in a module, in place of one that had the same parameters before."""
+        others = [m for m in self.modules if m is not module and set(m.params).isdisjoint(module.params)]
+        self.modules = [*others, module]
 
     def hold_back(self, local: bool) -> None:
         """Whether the gradients that come next stay on their replica."""
         for module in self.modules:
             module.local = local
 
-    def refuse_unsynced(self) -> None:
-        """ValueError where the gradients of the last pass stayed on their replica."""
-        unsynced = [module.synced is False for module in self.modules]
-        for module in self.modules:
-            module.synced = None
-        if any(unsynced):
+    def refuse_unaveraged(self, groups: Groups) -> None:
+        """ValueError where a gradient of the pass that is over is not the mean over the replicas."""
+        averaged = {m: m.averaged is not None and m.averaged is not self._seen.get(m) for m in self.modules}
+        self._seen = {module: module.averaged for module in self.modules}
+        fine = {id(param): averaged[module] for module in self.modules for param in module.params}
+        for param in of_groups(groups):
+            if param.grad is None or fine.get(id(param)) or not param.requires_grad or is_droppable(param.grad):
+                continue
             raise ValueError(
-                "the last backward of a pass ran within no_sync(): its gradients were not averaged, and the replicas "
-                "would drift apart. Leave the last micro-batch of each pass out of no_sync()"
+                f"the gradient of {name_of(param, groups)} is not the mean over the replicas, which would drift apart: "
+                + (_WENT_AROUND if id(param) in fine else _UNKNOWN)
             )
 
     def own(self, selections: Sequence[Selection]) -> list[Selection]:
         """What has a gradient of this replica's own, with it; where they were averaged that is not the one in .grad."""
         own = {param: grad for module in self.modules for param, grad in module.own.items()}
-        averaged = {param for module in self.modules if module.own for param in module.params}
+        averaged = {param for module in self.modules for param in module.means}
         chosen = []
         for selection in selections:
             mine = [own.get(p, None if p in averaged else p.grad) for p in selection.params]
@@ -213,8 +156,7 @@ class Replicas:
     def let_go(self, params: Sequence[Tensor]) -> None:
         """The graphs of these parameters' gradients are no longer needed."""
         for module in self.modules:
-            for param in params:
-                module.own.pop(param, None)
+            module.let_go(params)
 
     def mean(self, products: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         """The means of Hessian products over the replicas."""
@@ -223,10 +165,7 @@ class Replicas:
 
     def agree(self, losses: Sequence[Tensor]) -> list[Tensor]:
         """One scalar for all replicas, not finite where a loss is not on any of them."""
+        module = self.modules[0]
         finite = torch.stack([torch.isfinite(loss).reshape(()) for loss in losses]).all()
-        (share,) = self.modules[0].mean([finite.to(torch.float32)])
-        return [torch.where(share > 1 - 0.5 / self._count, 0.0, torch.inf)]
-
-    @property
-    def _count(self) -> int:
-        return dist.get_world_size(self.modules[0]._module().process_group)  # type: ignore[union-attr]
+        (share,) = module.mean([finite.to(module.params[0].device, torch.float32)])
+        return [torch.where(share > 1 - 0.5 / dist.get_world_size(module.group), 0.0, torch.inf)]

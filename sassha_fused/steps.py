@@ -76,7 +76,7 @@ class SteppingOptimizer(Optimizer):
         if along_momentum and is_single(groups):
             return
         if run.processes is not None and not along_momentum:
-            run.processes.refuse_unsynced()
+            run.processes.refuse_unaveraged(groups)
         run.loss_scale = None if scaler is None else loss_scale(run.optimizer, scaler, "perturb()")
         Step.to_w_prime(run, groups)
 
@@ -253,18 +253,19 @@ class SteppingOptimizer(Optimizer):
     def _finish(self) -> None:
         """The rest of a step in phase style, or the whole of one whose only pass is at w."""
         run = self._run
+        grads = grads_of(of_groups(self.param_groups))
+        if run.step is None:
+            run.raise_given_up()
+            if checkpoint.initialises_state(self.param_groups, run.states, grads):
+                run.lay_out_anew(self.param_groups)
+                return
         if run.processes is not None:
-            run.processes.refuse_unsynced()
+            run.processes.refuse_unaveraged(self.param_groups)
         if run.step is not None:
             if run.step.micro_batches.closures:
                 raise ValueError("step() after accumulate() needs the closure of the last micro-batch")
             run.step.groups = self.param_groups
             return run.step.finish()
-        run.raise_given_up()
-        grads = grads_of(of_groups(self.param_groups))
-        if checkpoint.initialises_state(self.param_groups, run.states, grads):
-            run.lay_out_anew(self.param_groups)
-            return
         if grads and not is_single(self.param_groups):
             refuse_unperturbed(self.param_groups, run.flat.of_trained)
         Step(run, self.param_groups).finish()
