@@ -27,6 +27,11 @@ class Ranks:
     """Processes with a rank each, connected by gloo."""
 
     def __init__(self, world: int, timeout: float = TIMEOUT) -> None:
+        self._world, self._timeout = world, timeout
+        self._start()
+
+    def _start(self) -> None:
+        world, timeout = self._world, self._timeout
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         self.processes = []
@@ -45,6 +50,8 @@ class Ranks:
             pipe.send((function, arguments, named))
         answers = [self._answer(rank) for rank in range(len(self._pipes))]
         if failures := [f"rank {rank}:\n{result}" for rank, (fine, result) in enumerate(answers) if not fine]:
+            self.close()  # a collective that one of them has missed would disturb all that come
+            self._start()
             raise Failed("\n".join(failures))
         return [result for _, result in answers]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import copy
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from sassha_fused import Sassha, data_parallel, running_stats_once
 from tests.support.members import MEMBERS
 
 ROWS = 8  # of a batch
+EVERY_MEMBER = {"Sassha": (Sassha, {"lr": 0.05, "hessian_interval": 3}), **MEMBERS}
 
 
 class Network(nn.Module):
@@ -41,22 +44,30 @@ class Replica:
 
     def __init__(
         self, rank: int, world: int, member: str = "Sassha", norm: bool = False, ddp: dict[str, Any] | None = None,
-        **options: Any,
+        dtype: torch.dtype = torch.float64, frozen: bool = False, **options: Any,
     ) -> None:  # fmt: skip
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.dtype = rank, world, dtype
         torch.manual_seed(rank)
-        self.network = Network(norm).double()
-        self.model: Any = self.network
-        if world > 1:
-            self.model = DistributedDataParallel(self.network, **(ddp or {}))
+        self.network = Network(norm).to(dtype)
+        self.network.branch.requires_grad_(not frozen)
         self.params = list(self.network.parameters())
-        kind, defaults = MEMBERS.get(member, (Sassha, {"lr": 0.05, "hessian_interval": 3}))
-        self.opt: Any = kind(self.params, **{**defaults, **options})
-        if world > 1:
-            data_parallel(self.model, self.opt)
+        kind, defaults = EVERY_MEMBER[member]
+        if "hessian_interval" in defaults:  # what enters linearly, with a Hessian of 0, moves by less than 1 / eps
+            defaults = {"eps": 1e-2, **defaults}
+        groups = [{"params": self.params[:3]}, {"params": self.params[3:], "lr": 0.03, "weight_decay": 0.1}]
+        self.opt: Any = kind(groups, **{**defaults, **options})
+        self.model: Any = self.network
+        self.ddp = ddp or {}
+        self.wrap()
         if norm:
             running_stats_once(self.network, self.opt)
         self.steps = 0
+
+    def wrap(self) -> None:
+        """Under DistributedDataParallel, or under it anew."""
+        if self.world > 1:
+            self.model = DistributedDataParallel(self.network, **self.ddp)
+            data_parallel(self.model, self.opt)
 
     def rows(self, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
         """This rank's rows of the batch, or of one of its micro-batches."""
@@ -64,7 +75,7 @@ class Replica:
         x = torch.randn(ROWS, 5, generator=generator, dtype=torch.float64)
         y = torch.randn(ROWS, 2, generator=generator, dtype=torch.float64)
         mine = slice(self.rank * ROWS // self.world, (self.rank + 1) * ROWS // self.world)
-        return x[mine][part::parts], y[mine][part::parts]
+        return x[mine][part::parts].to(self.dtype), y[mine][part::parts].to(self.dtype)
 
     def loss(self, part: int = 0, parts: int = 1, branch: bool = True) -> Tensor:
         x, y = self.rows(part, parts)
@@ -132,10 +143,40 @@ def by_accumulating(replica: Replica) -> None:
     replica.opt.step(lambda: replica.loss(1, 2))
 
 
+def by_parts_of_ranks(replica: Replica, branches: Callable[[int, int], bool] = lambda rank, steps: True) -> None:
+    """In one process what two ranks do, each with statistics and branches of its own."""
+
+    def loss_of(rank: int) -> Tensor:
+        part = copy(replica)
+        part.rank, part.world = rank, 2
+        return part.loss(branch=branches(rank, replica.steps)) / 2
+
+    replica.opt.step([lambda rank=rank: loss_of(rank) for rank in range(2)])
+
+
+def branch_is_used(rank: int, steps: int) -> bool:
+    """In every third step nobody uses the branch, in every other one rank does not."""
+    return steps % 3 != 0 and (rank == 0 or steps % 3 == 2)
+
+
 def with_some_unused(replica: Replica) -> None:
-    # In every third step nobody uses the branch, in every other one rank does not.
-    used = replica.steps % 3 != 0 and (replica.world == 1 or replica.rank == 0 or replica.steps % 3 == 2)
-    replica.opt.step(lambda: replica.loss(branch=used))
+    if replica.world == 1:
+        return by_parts_of_ranks(replica, branch_is_used)
+    replica.opt.step(lambda: replica.loss(branch=branch_is_used(replica.rank, replica.steps)))
+
+
+def difference(one: Any, other: Any) -> float:
+    """The largest of weights, buffers and state, of two snapshots; infinite where they hold different things."""
+    if isinstance(one, Tensor):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return math.inf
+        return (one.double() - other.double()).abs().max().item() if one.numel() else 0.0
+    if isinstance(one, (dict, list)):
+        if len(one) != len(other) or (isinstance(one, dict) and one.keys() != other.keys()):
+            return math.inf
+        keys = one.keys() if isinstance(one, dict) else range(len(one))
+        return max((difference(one[key], other[key]) for key in keys), default=0.0)
+    return 0.0 if one == other else math.inf
 
 
 WAYS = {
