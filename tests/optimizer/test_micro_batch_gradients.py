@@ -1,4 +1,4 @@
-"""What a closure may do to the gradients of micro-batches: clip them, unscale them, build their graph, reach others'."""
+"""What closures do to the gradients of micro-batches: clip or unscale them, build their graph, reach others'."""
 
 from __future__ import annotations
 
