@@ -22,7 +22,7 @@ try:
     from lightning.pytorch.plugins.precision import MixedPrecision, Precision
     from lightning.pytorch.utilities import GradClipAlgorithmType
 except ImportError as error:
-    raise ImportError("sassha_fused.lightning needs Lightning: pip install 'sassha_fused[lightning]'") from error
+    raise ImportError("sassha_fused.lightning needs Lightning: pip install 'lightning>=2.6'") from error
 
 from .steps import SteppingOptimizer
 
@@ -97,9 +97,8 @@ class HalfPrecision(MixedPrecision):
 
     The loss scale is lowered after every step that was skipped, and resumes from a checkpoint. Gradients are unscaled
     before ``on_before_optimizer_step`` and before clipping. In manual optimization both styles work:
-    ``opt.step(closure)``, whose closure returns the loss after ``self.manual_backward(loss)``, and ``opt.perturb()``
-    with ``opt.step()``; where ``self.clip_gradients`` is called between these two, say
-    ``opt.perturb(scaler=self.trainer.precision_plugin.scaler)``.
+    ``opt.step(closure)``, whose closure returns the loss after ``self.manual_backward(loss)``, and
+    ``opt.perturb(scaler=self.trainer.precision_plugin.scaler)`` with ``opt.step()``.
 
     Args:
         device: the device type of autocast.

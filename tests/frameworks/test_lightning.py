@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -146,6 +148,24 @@ def test_running_statistics_see_each_batch_once(count: int, tmp_path: Any) -> No
 
 
 @pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("what", ["model", "module"])
+def test_what_is_compiled_is_the_plain_loop_of_what_is_not(what: str, count: int, tmp_path: Any) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    problem, expected = Problem(dtype=torch.float64), Problem(dtype=torch.float64)
+    backend = CompileCounterWithBackend("aot_eager")
+    if what == "model":
+        problem.model = torch.compile(problem.model, backend=backend)
+    module = module_of(problem)
+    if what == "module":
+        module = torch.compile(module, backend=backend)
+    fit(problem, tmp_path, module, **accumulating(count))
+    plain_loop(expected, count)
+    assert backend.frame_count > 0
+    assert_states_close(problem.params, problem.opt, expected.params, expected.opt, 1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 3])
 def test_metrics_of_first_passes_alone(count: int, tmp_path: Any) -> None:
     problem, first, outputs = Problem(), [], []
 
@@ -196,6 +216,29 @@ def test_after_an_exception_the_weights_are_w_and_the_trainer_trains_again(batch
     assert_same(snapshot(problem), snapshot(plain_loop(Problem(), 3)))
 
 
+@pytest.mark.parametrize("steps", [1, 7])
+def test_the_example_is_its_plain_loop(
+    steps: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from examples import lightning_digits
+
+    def digits() -> lightning_digits.data.Digits:
+        return lightning_digits.data.Digits(torch.randn(100, 1, 28, 28), torch.arange(100) % 10)
+
+    monkeypatch.setattr(lightning_digits.data, "load", lambda: (digits(), digits()))
+    monkeypatch.chdir(tmp_path)
+    lightning_digits.main(["--steps", str(steps)])
+    difference = float(capsys.readouterr().out.rsplit(":", 1)[1])
+    assert difference < 1e-5
+
+
+def test_without_lightning_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    monkeypatch.delitem(sys.modules, "sassha_fused.lightning", raising=False)
+    with pytest.raises(ImportError, match="pip install 'lightning"):
+        import sassha_fused.lightning  # noqa: F401
+
+
 class Token(torch.autograd.Function):
     """Keeps an object alive as long as its graph."""
 
@@ -210,8 +253,6 @@ class Token(torch.autograd.Function):
 
 
 def test_a_graph_goes_before_the_next_batch_comes(tmp_path: Any) -> None:
-    import weakref
-
     problem, alive = Problem(), []
 
     class Thing:

@@ -69,7 +69,7 @@ def fit(problem: Problem, tmp_path: Any, module: Any = None, checkpoint: Any = N
     trainer = import_lightning().Trainer(
         **{"max_epochs": 2, "accelerator": "cpu", "default_root_dir": tmp_path, **quiet, **options}
     )
-    trainer.fit(module or module_of(problem), Resumable(), ckpt_path=checkpoint)
+    trainer.fit(module_of(problem) if module is None else module, Resumable(), ckpt_path=checkpoint)
     return trainer
 
 
