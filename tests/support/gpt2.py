@@ -33,11 +33,11 @@ def model_of(transformers: Any, dropout: float = 0.0, dtype: torch.dtype = torch
     )
     model = transformers.GPT2LMHeadModel(config).to(dtype)
     model.loss_type = "ForCausalLM"  # the Trainer then counts the tokens that the loss counts
-    model.loss_function = _loss  # transformers' own is in float32, whatever the model's dtype
+    model.loss_function = loss_of  # transformers' own is in float32, whatever the model's dtype
     return model
 
 
-def _loss(logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Any = None, **_: Any) -> Tensor:
+def loss_of(logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Any = None, **_: Any) -> Tensor:
     """Of the next tokens: summed and divided by num_items_in_batch, or the mean of those that are there."""
     summed = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     return summed / (labels[:, 1:].ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
