@@ -148,7 +148,7 @@ class LossScale:
 
     # ---------------------------------------------------------------- the end of a step
 
-    def take_over(self, found_inf: Tensor, grad_scale: Tensor | None) -> None:
+    def take_over(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """What scaler.step() leaves on the optimizer; no grad_scale where unscale_() was called before."""
         self._found_inf, self._of_gradients = found_inf, grad_scale
         self._of_products = grad_scale
@@ -169,13 +169,13 @@ class LossScale:
         if not self._settled:
             if not self._in_closure:
                 raise ValueError("step() without the scaler that perturb() was given: call scaler.step(opt)")
-            scaler, optimizer = self.scaler, self._optimizer()
-            assert scaler is not None and optimizer is not None and scaler._scale is not None
-            scale = None if self._entry["stage"] is OptState.UNSCALED else scaler._scale
-            if scale is not None:
-                scaler._check_inf_per_device(optimizer)
-            found = [*self._found_before, *self._entry["found_inf_per_device"].values()]
-            self.take_over(torch.stack([one.to(scaler._scale.device) for one in found]).sum(), scale)
+            assert self.scaler is not None and self.scaler._scale is not None
+            found, scale = self._found_before, self.scaler._scale
+            if unscaled := self._entry["stage"] is OptState.UNSCALED:
+                found = [*found, *self._entry["found_inf_per_device"].values()]
+            # Of gradients that still have the scale the step itself sees what is not finite.
+            total = torch.stack([one.to(scale.device) for one in found]).sum() if found else None
+            self.take_over(total, None if unscaled else scale)
         if needed and self._of_products is None:
             call = "with opt.hessian_pass(scaler=scaler)" if single else "opt.perturb(scaler=scaler)"
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 
 from tests.support.members import MEMBERS, OfMember
+from tests.support.pairs import every_pair
 
 Loss = Callable[[], Tensor]
 Loop = Callable[[OfMember, GradScaler, Loss], None]
@@ -35,6 +36,13 @@ _MAX_NORM = 0.1
 def scaler_of(scale: float, **options: Any) -> GradScaler:
     """A scaler that starts here; of 1.0, one that is off."""
     return GradScaler("cpu", init_scale=scale, enabled=scale != 1, **options)
+
+
+def pairs(**arguments: Sequence[Any]) -> Any:
+    """Parametrizes by few combinations of these, in which every two values meet."""
+    cases = [list(case.values()) for case in every_pair(**arguments)]
+    ids = ["-".join(getattr(value, "__name__", str(value)) for value in case) for case in cases]
+    return pytest.mark.parametrize(list(arguments), cases, ids=ids)
 
 
 def variant_of(name: str, **options: Any) -> OfMember:

@@ -10,15 +10,14 @@ import pytest
 import torch
 from torch import Tensor, autocast, nn
 
-from tests.support.members import OfMember, each_member
+from tests.support.members import MEMBERS, OfMember
 from tests.support.problems import assert_same, single_threaded, weights
 from tests.support.reference import ReferenceSassha
-from tests.support.scaling import each_loop, scaler_of, step, variant_of
+from tests.support.scaling import LOOPS, each_loop, pairs, scaler_of, step, variant_of
 
 one_thread = pytest.fixture(autouse=True)(single_threaded)
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 each_half = pytest.mark.parametrize("half", HALVES)
-each_scale = pytest.mark.parametrize("scale", [1.0, 2.0**10])
 
 Around = Callable[[], AbstractContextManager[Any]]
 
@@ -47,10 +46,12 @@ def casting(half: str, cache: bool) -> Around:
 
 
 # Without a cache every pass casts the weights anew: the meaning that the cache must not change.
-@each_loop
-@each_half
-@each_scale
-@pytest.mark.parametrize("variant", ["Sassha", "MSassha by blocks", "SAMAdamW", "AdaHessian"])
+@pairs(
+    variant=["Sassha", "MSassha by blocks", "SAMAdamW", "AdaHessian"],
+    scale=[1.0, 2.0**10],
+    half=list(HALVES),
+    loop=list(LOOPS),
+)
 def test_casts_that_are_cached_around_a_step_are_of_the_weights_as_they_are(
     variant: str, scale: float, half: str, loop: str
 ) -> None:
@@ -58,9 +59,7 @@ def test_casts_that_are_cached_around_a_step_are_of_the_weights_as_they_are(
     assert_same(cached, run(variant_of(variant), loop, scale, around=casting(half, cache=False)))
 
 
-@each_member
-@each_half
-@pytest.mark.parametrize("loop", ["closure", "told"])
+@pairs(loop=["closure", "told"], half=list(HALVES), member=list(MEMBERS))
 def test_autocast_in_the_loss_and_around_the_step_are_the_same(loop: str, half: str, member: str) -> None:
     inside = run(variant_of(member), loop, 2.0**10, inside=casting(half, cache=True))
     around = run(variant_of(member), loop, 2.0**10, around=casting(half, cache=False))

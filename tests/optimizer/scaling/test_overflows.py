@@ -20,7 +20,7 @@ from tests.support.scaling import (
     Amplified,
     each_knowing,
     each_loop,
-    each_variant,
+    pairs,
     passes,
     scaler_of,
     step,
@@ -134,8 +134,7 @@ def test_training_goes_on_as_if_the_step_had_not_been(place: str, loop: str, var
     assert_same_run(problem, train(variant_of(variant), scaler_of(1.0), loop, 7))
 
 
-@each_variant
-@each_knowing
+@pairs(loop=["closure", "standard, clipped", "told"], variant=list(VARIANTS))
 def test_a_scale_that_is_far_too_large_comes_down_and_training_is_that_without_one(loop: str, variant: str) -> None:
     problem, twin = variant_of(variant), variant_of(variant)
     for each in (problem, twin):  # large losses

@@ -124,8 +124,10 @@ def test_on_a_lazy_step_of_one_pass_nothing_is_to_be_told(variant: str) -> None:
 
 def test_a_scaler_that_perturb_is_told_of_must_be_the_one_that_has_unscaled() -> None:
     problem, scaler = begun("Sassha", 0)
+    other = scaler_of(2.0**10)
+    other.scale(torch.zeros(()))  # which makes the scale, as any use does
     with refused(problem, r"say it by opt.perturb\(scaler=scaler\)"):
-        passes(problem, scaler, problem.loss, scaler_of(2.0**10))
+        passes(problem, scaler, problem.loss, other)
         scaler.unscale_(problem.opt)
         scaler.step(problem.opt)
 
@@ -277,6 +279,21 @@ def test_an_exception_in_the_second_pass_leaves_the_scaler_ready(variant: str, c
         problem.opt.step(closure, scaler=scaler)
     assert "scale" not in vars(scaler)
     assert_goes_on(problem, scaler, variant, "standard, clipped")
+
+
+def test_so_does_a_gradient_that_perturb_refuses() -> None:
+    problem, scaler = begun("Sassha", 1)
+
+    def closure() -> Tensor:
+        value = problem.loss()
+        scaler.scale(value).backward()
+        scaler.unscale_(problem.opt)
+        problem.params[0].grad = problem.params[0].grad.to_sparse()
+        return value
+
+    with refused(problem, "sparse"):
+        problem.opt.step(closure, scaler=scaler)
+    assert_goes_on(problem, scaler, "Sassha", "standard, clipped")
 
 
 def test_so_does_one_behind_unscale_in_the_last_pass() -> None:
