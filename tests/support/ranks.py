@@ -46,16 +46,21 @@ class Ranks:
 
     def run(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> list[Any]:
         """What a function of a module, called with its rank first, returns on every rank; Failed where it raises."""
-        for pipe in self._pipes:
-            pipe.send((function, arguments, named))
-        answers = [self._answer(rank) for rank in range(len(self._pipes))]
+        self.send(function, *arguments, **named)
+        answers = [self.answer(rank) for rank in range(len(self._pipes))]
         if failures := [f"rank {rank}:\n{result}" for rank, (fine, result) in enumerate(answers) if not fine]:
             self.close()  # a collective that one of them has missed would disturb all that come
             self._start()
             raise Failed("\n".join(failures))
         return [result for _, result in answers]
 
-    def _answer(self, rank: int) -> tuple[bool, Any]:
+    def send(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+        """Has every rank begin."""
+        for pipe in self._pipes:
+            pipe.send((function, arguments, named))
+
+    def answer(self, rank: int) -> tuple[bool, Any]:
+        """Whether the function has returned there, and what; otherwise what went wrong."""
         try:
             return self._pipes[rank].recv() if self._pipes[rank].poll(2 * TIMEOUT) else (False, "has not answered")
         except EOFError:

@@ -44,7 +44,7 @@ class Replica:
 
     def __init__(
         self, rank: int, world: int, member: str = "Sassha", norm: bool = False, ddp: dict[str, Any] | None = None,
-        dtype: torch.dtype = torch.float64, frozen: bool = False, **options: Any,
+        dtype: torch.dtype = torch.float64, frozen: bool = False, known: bool = True, **options: Any,
     ) -> None:  # fmt: skip
         self.rank, self.world, self.dtype = rank, world, dtype
         torch.manual_seed(rank)
@@ -58,7 +58,8 @@ class Replica:
         self.opt: Any = kind(groups, **{**defaults, **options})
         self.model: Any = self.network
         self.ddp = ddp or {}
-        self.wrap()
+        if known:
+            self.wrap()
         if norm:
             running_stats_once(self.network, self.opt)
         self.steps = 0
