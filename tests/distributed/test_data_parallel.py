@@ -1,12 +1,23 @@
 """Replicas under DistributedDataParallel take the steps of one process, and stay alike bit for bit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from tests.support import unusual
 from tests.support.pairs import every_pair
 from tests.support.ranks import ranks
-from tests.support.replicas import EVERY_MEMBER, WAYS, by_parts_of_ranks, difference, train, with_some_unused
+from tests.support.replicas import (
+    EVERY_MEMBER,
+    WAYS,
+    by_closure,
+    by_parts_of_ranks,
+    difference,
+    train,
+    with_some_unused,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -158,6 +169,20 @@ def test_one_process_alone_in_its_group_takes_the_steps_of_none_bit_for_bit(tmp_
     with unusual.one_rank(str(tmp_path / "store")):
         found = unusual.train_alone(way, STEPS)
     assert difference(found, train(0, 1, way, STEPS)) == 0
+
+
+def test_a_distributed_checkpoint_makes_states_without_a_pass_of_the_module(tmp_path):
+    with unusual.one_rank(str(tmp_path / "store")):
+        replica = unusual.alone()
+        saved = get_optimizer_state_dict(replica.model, replica.opt)
+    assert set(saved["state"]) == {name for name, _ in replica.network.named_parameters()}
+
+
+def test_a_trainer_s_wrapper_stands_for_its_optimizer(tmp_path):
+    with unusual.one_rank(str(tmp_path / "store")):
+        replica = unusual.alone(lambda opt: SimpleNamespace(optimizer=opt))
+        by_closure(replica)
+    assert replica.opt.state_dict()["param_groups"][0]["hessian_evaluations"] == 1
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])

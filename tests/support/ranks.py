@@ -32,7 +32,8 @@ class Ranks:
 
     def _start(self) -> None:
         world, timeout = self._world, self._timeout
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.support.mishaps", "tests.support.unusual"])  # torch, imported once
         self._folder = tempfile.TemporaryDirectory()
         self.processes = []
         self._pipes = []

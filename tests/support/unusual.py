@@ -280,11 +280,16 @@ def one_rank(store: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def train_alone(way: str, steps: int, **options: Any) -> dict[str, Any]:
-    """One process under DistributedDataParallel."""
-    replica = Replica(0, 1, **options)
+def alone(wrapper: Callable[[Any], Any] = lambda opt: opt) -> Replica:
+    """One process under DistributedDataParallel; wrapper: what a trainer puts around the optimizer."""
+    replica = Replica(0, 1)
     replica.model = DistributedDataParallel(replica.network)
-    data_parallel(replica.model, replica.opt)
+    data_parallel(replica.model, wrapper(replica.opt))
+    return replica
+
+
+def train_alone(way: str, steps: int) -> dict[str, Any]:
+    replica = alone()
     for replica.steps in range(steps):
         WAYS[way](replica)
     return replica.snapshot()
