@@ -151,6 +151,19 @@ def test_micro_batches_that_are_each_averaged_give_the_same_steps(two):
     assert_alike(two.run(train, 2, unusual.synced_each_time, STEPS), train(0, 1, unusual.synced_each_time, STEPS))
 
 
+def test_a_second_pass_may_be_dropped_and_taken_anew(two):
+    assert_alike(two.run(train, 2, unusual.repeated, STEPS), train(0, 1, "by_closure", STEPS))
+
+
+def test_running_statistics_are_those_of_the_first_rank_after_a_hessian_step_too(two):
+    first, second = two.run(unusual.buffers_before_an_evaluation, 2)
+    assert difference(first, second) == 0
+
+
+def test_no_graph_lives_on_after_a_step(two):
+    assert two.run(unusual.held_after_steps, 2) == [[False] * 4] * 2
+
+
 def test_one_backward_may_follow_two_forwards(two):
     assert_alike(two.run(train, 2, unusual.forward_twice, STEPS), train(0, 1, unusual.forward_twice, STEPS))
 

@@ -33,7 +33,8 @@ class Ranks:
     def _start(self) -> None:
         world, timeout = self._world, self._timeout
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.support.mishaps", "tests.support.unusual"])  # torch, imported once
+        # Imported once: torch, and what its DistributedDataParallel imports for seconds.
+        context.set_forkserver_preload(["torch._dynamo", "tests.support.mishaps", "tests.support.unusual"])
         self._folder = tempfile.TemporaryDirectory()
         self.processes = []
         self._pipes = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -197,6 +199,46 @@ def synced_each_time(replica: Replica) -> None:
                 replica.loss(part, 2).backward()
         opt.step() if is_second else opt.perturb()
     opt.zero_grad()
+
+
+def repeated(replica: Replica) -> None:
+    """The second pass is dropped and taken anew."""
+    opt = replica.opt
+    replica.loss().backward()
+    opt.perturb()
+    with opt.hessian_pass():
+        replica.loss(0, 2).backward()
+        opt.zero_grad()
+        replica.loss().backward()
+    opt.step()
+    opt.zero_grad()
+
+
+def buffers_before_an_evaluation(rank: int, world: int) -> list[Tensor]:
+    """The running statistics that an evaluation after a Hessian step of one pass sees."""
+    replica = Replica(rank, world, member="MSassha", norm=True)
+    steps(replica, 4)
+    replica.model.eval()
+    with torch.no_grad():
+        replica.loss()
+    return list(replica.network.buffers())
+
+
+def held_after_steps(rank: int, world: int) -> list[bool]:
+    """Whether the graph of each step lives on after it; the optimizer trains a part of the module."""
+    replica, held = Replica(rank, world), []
+    replica.opt = Sassha(replica.params[3:], lr=0.05, hessian_interval=2)
+    data_parallel(replica.model, replica.opt)
+    gc.disable()
+    for replica.steps in range(4):
+        x, y = replica.rows()
+        inputs = x.clone()
+        alive = weakref.ref(inputs)
+        replica.opt.step(lambda inputs=inputs: (replica.model(inputs) - y).square().mean())
+        del inputs
+        held.append(alive() is not None)
+    gc.enable()
+    return held
 
 
 def forward_twice(replica: Replica) -> None:
