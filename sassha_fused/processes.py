@@ -135,7 +135,7 @@ class Replicas:
         self._seen = {module: module.averaged for module in self.modules}
         fine = {id(param): averaged[module] for module in self.modules for param in module.params}
         for param in of_groups(groups):
-            if param.grad is None or fine.get(id(param)) or not param.requires_grad or is_droppable(param.grad):
+            if param.grad is None or fine.get(id(param)) or is_droppable(param.grad):
                 continue
             raise ValueError(
                 f"the gradient of {name_of(param, groups)} is not the mean over the replicas, which would drift apart: "

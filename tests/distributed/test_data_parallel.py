@@ -4,8 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.nn.parallel import DistributedDataParallel
 
+from sassha_fused import AdaHessian, data_parallel
 from tests.support import unusual
 from tests.support.pairs import every_pair
 from tests.support.ranks import ranks
@@ -65,7 +69,7 @@ def test_small_buckets_give_the_same_steps(two):
     assert_alike(two.run(train, 2, "by_closure", STEPS, ddp={"bucket_cap_mb": 1e-4}), train(0, 1, "by_closure", STEPS))
 
 
-@pytest.mark.parametrize("member", ["Sassha", "SAMAdamW"])
+@pytest.mark.parametrize("member", ["Sassha", "SAMAdamW", "AdaHessian"])
 def test_what_one_replica_leaves_out_is_a_zero_in_the_mean_and_what_all_leave_out_has_no_gradient(two, member):
     found = two.run(train, 2, with_some_unused, 7, member=member, ddp={"find_unused_parameters": True})
     assert_alike(found, train(0, 1, with_some_unused, 7, member=member))
@@ -151,6 +155,15 @@ def test_micro_batches_that_are_each_averaged_give_the_same_steps(two):
     assert_alike(two.run(train, 2, unusual.synced_each_time, STEPS), train(0, 1, unusual.synced_each_time, STEPS))
 
 
+def test_two_backwards_may_follow_two_forwards_in_a_hessian_pass(two):
+    way = unusual.two_backwards_after_two_forwards
+    assert_alike(two.run(train, 2, way, STEPS, hessian_interval=1), train(0, 1, way, STEPS, hessian_interval=1))
+
+
+def test_a_module_that_a_step_leaves_out_may_have_zeros_for_gradients(two):
+    assert_alike(two.run(unusual.modules_in_turn, 2), unusual.modules_in_turn(0, 1))
+
+
 def test_a_second_pass_may_be_dropped_and_taken_anew(two):
     assert_alike(two.run(train, 2, unusual.repeated, STEPS), train(0, 1, "by_closure", STEPS))
 
@@ -189,6 +202,23 @@ def test_a_distributed_checkpoint_makes_states_without_a_pass_of_the_module(tmp_
         replica = unusual.alone()
         saved = get_optimizer_state_dict(replica.model, replica.opt)
     assert set(saved["state"]) == {name for name, _ in replica.network.named_parameters()}
+
+
+def test_a_module_made_anew_brings_its_process_group(two):
+    assert_alike(two.run(unusual.regrouped, 2), train(0, 1, "by_closure", STEPS))
+
+
+def test_what_is_reduced_keeps_its_dtype(tmp_path, monkeypatch):
+    reduced, all_reduce = [], dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda flat, **k: reduced.append(flat.clone()) or all_reduce(flat, **k))
+    first, second = nn.Linear(3, 4), nn.Linear(4, 2).double()
+    with unusual.one_rank(str(tmp_path / "store")):
+        model = DistributedDataParallel(nn.Sequential(first, nn.Tanh(), unusual.Widened(), second))
+        opt = AdaHessian(model.parameters())
+        data_parallel(model, opt)
+        opt.step(lambda: model(torch.ones(1, 3)).square().sum())
+    found = [(flat.dtype, flat.numel()) for flat in reduced]
+    assert sorted(found, key=str) == [(torch.float32, 1), *[(torch.float32, 16)] * 2, *[(torch.float64, 10)] * 2]
 
 
 def test_a_trainer_s_wrapper_stands_for_its_optimizer(tmp_path):

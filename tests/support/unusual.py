@@ -214,6 +214,45 @@ def repeated(replica: Replica) -> None:
     opt.zero_grad()
 
 
+def two_backwards_after_two_forwards(replica: Replica) -> None:
+    opt = replica.opt
+    replica.loss().backward()
+    opt.perturb()
+    with opt.hessian_pass():
+        losses = [replica.loss(part, 2) for part in range(2)]
+        for loss in losses:
+            loss.backward()
+    opt.step()
+    opt.zero_grad()
+
+
+def regrouped(rank: int, world: int) -> dict[str, Any]:
+    """Every rank in a group of its own, and then the module made anew in one group."""
+    groups = [dist.new_group([other]) for other in range(world)]
+    replica = Replica(rank, world, ddp={"process_group": groups[rank]})
+    replica.ddp = {}
+    replica.wrap()
+    steps(replica, 5)
+    return replica.snapshot()
+
+
+def modules_in_turn(rank: int, world: int) -> dict[str, Any]:
+    """Every other step leaves one of two modules out, whose gradients are cleared to zeros."""
+    replicas = [Replica(rank, world), Replica(rank, world)]
+    opt = Sassha([param for replica in replicas for param in replica.params], lr=0.05, hessian_interval=3, eps=1e-2)
+    for replica in replicas if world > 1 else ():
+        data_parallel(replica.model, opt)
+    for step in range(6):
+        opt.zero_grad(set_to_none=False)
+        for is_second in (False, True):
+            with opt.hessian_pass() if is_second else nullcontext():
+                for replica in replicas[: 1 + step % 2]:
+                    replica.steps = step
+                    replica.loss().backward()
+            opt.step() if is_second else opt.perturb()
+    return {"weights": [param for replica in replicas for param in replica.params], "state": opt.state_dict()["state"]}
+
+
 def buffers_before_an_evaluation(rank: int, world: int) -> list[Tensor]:
     """The running statistics that an evaluation after a Hessian step of one pass sees."""
     replica = Replica(rank, world, member="MSassha", norm=True)
@@ -274,6 +313,11 @@ WRAPPINGS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = 
     "dataclass": (Output, lambda output: output.value),
     "opaque": (Opaque, lambda output: output.value),
 }
+
+
+class Widened(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double()
 
 
 class Wrapped(nn.Module):
