@@ -252,10 +252,10 @@ class SteppingOptimizer(Optimizer):
 
     def _finish(self) -> None:
         """The rest of a step in phase style, or the whole of one whose only pass is at w."""
-        run = self._run
-        grads = grads_of(of_groups(self.param_groups))
+        run, grads = self._run, list[Tensor]()
         if run.step is None:
             run.raise_given_up()
+            grads = grads_of(of_groups(self.param_groups))
             if checkpoint.initialises_state(self.param_groups, run.states, grads):
                 run.lay_out_anew(self.param_groups)
                 return
