@@ -51,7 +51,7 @@ class GradientWatch:
         self._with_graph: set[Tensor] = set()
         self._without_grad_mode: set[Tensor] = set()
         self._arrived: set[Tensor] = set()
-        self._before: dict[Tensor, Tensor | None] = {}
+        self._before: dict[Tensor, tuple[Tensor, int]] = {}
         self._coming: dict[Tensor, tuple[bool, bool]] = {}
         self._handles = [*others]
         for param in dict.fromkeys(params):  # one that is listed twice is one
@@ -61,7 +61,8 @@ class GradientWatch:
 
     def next_micro_batch(self) -> None:
         """What has arrived has had its products taken, and stays in .grad without a graph."""
-        before = {**self._before, **{param: param.grad for param in self._arrived}}
+        left = ((param, param.grad) for param in self._arrived)
+        before = {**self._before, **{param: (grad, grad._version) for param, grad in left if grad is not None}}
         self.forget()
         self._before = before
 
@@ -71,7 +72,8 @@ class GradientWatch:
             noted.clear()
 
     def _note_coming(self, param: Tensor, gradient: Tensor) -> None:
-        if param in self._before and param.grad is not self._before.pop(param):
+        before = self._before.get(param)
+        if before is not None and (param.grad is not before[0] or before[0]._version != before[1]):
             refuse_clearing()
         self._coming[param] = torch.is_grad_enabled(), gradient.requires_grad
 
@@ -79,6 +81,7 @@ class GradientWatch:
         # Not so where torch.autograd.grad has only asked for a gradient.
         in_grad_mode, has_graph = self._coming.pop(param, (False, False))
         self._arrived.add(param)
+        self._before.pop(param, None)
         if not in_grad_mode:
             self._without_grad_mode.add(param)
         elif has_graph:

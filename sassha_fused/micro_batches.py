@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,25 +15,25 @@ from .gradients import refuse_clearing
 class Arrivals:
     """The gradients that micro-batches have left in .grad for the next to add to."""
 
-    def __init__(self, params: Iterable[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor]) -> None:
         self._grads = [(grad, 0 if grad is None else grad._version) for grad in (param.grad for param in params)]
 
-    def are_all(self, params: Iterable[Tensor]) -> bool:
+    def are_all(self, params: Sequence[Tensor]) -> bool:
         """Whether nothing has been added to them."""
-        return all(
+        return len(params) == len(self._grads) and all(
             param.grad is grad and (grad is None or grad._version == version)
-            for param, (grad, version) in zip(params, self._grads, strict=True)
+            for param, (grad, version) in zip(params, self._grads)
         )
 
-    def refuse_others(self, params: Iterable[Tensor]) -> None:
+    def refuse_others(self, params: Sequence[Tensor]) -> None:
         """ValueError where they are others before the next micro-batch."""
         if not self.are_all(params):
             raise ValueError(
-                "the gradients of a step's micro-batches were written or cleared between them: call zero_grad() after "
-                "step() only, and restore() to give the step up"
+                "the gradients or parameters of a step's micro-batches were changed between them: call zero_grad() "
+                "after step() only, and restore() to give the step up"
             )
 
-    def refuse_cleared(self, params: Iterable[Tensor], in_place: bool) -> None:
+    def refuse_cleared(self, params: Sequence[Tensor], in_place: bool) -> None:
         """ValueError where the closure of the next micro-batch has cleared them.
 
         in_place: whether its backward adds to them in place, as it does where it builds no graph.

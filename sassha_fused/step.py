@@ -17,7 +17,7 @@ from .accepted_groups import ascents_of, lr_of, refuse_other_ascents
 from .counts import StepTaken
 from .curvature.of_step import Curvature, at_w_prime, release_graphs, take_products
 from .flat import Groups
-from .gradients import refuse_used
+from .gradients import mark_droppable, of_groups, refuse_used
 from .hessian_pass import building_graphs, set_aside
 from .micro_batches import MicroBatches
 from .run import Run
@@ -181,9 +181,8 @@ class Step:
             selections = [selection.as_now() for selection in selections]
         if any(any(map(_requires_grad, selection.grads)) for selection in selections):
             selections = release_graphs(self, selections)
-        products = (
-            self.curvature.products_of(selections, self.micro_batches.count) if self.curvature is not None else ()
-        )
+        taken, count = self.curvature, self.micro_batches.count
+        products = taken.products_of(selections, count) if taken is not None else ()
         if self.scale is not None:
             products = self.scale.unscale(selections, products)
             losses = [*losses, *self.scale.guards]
@@ -276,6 +275,7 @@ class Step:
             finally:
                 self.perturbed = False
                 self.run.given_up = because
+                mark_droppable(of_groups(self.groups) if self.micro_batches.closures else ())
                 self.end()
 
     def weights_were_written(self) -> bool:

@@ -67,7 +67,7 @@ class SteppingOptimizer(Optimizer):
         step = self._run.step
         if step is not None:
             if step.perturbed or step.micro_batches.closures:
-                done = "perturb() called twice" if step.perturbed else "perturb() after accumulate()"
+                done = "perturb() after accumulate()" if step.micro_batches.closures else "perturb() called twice"
                 raise ValueError(f"{done}: call step(), or restore() to give the step up")
             step.end()
         run, groups = self._run, self.param_groups
@@ -208,6 +208,8 @@ class SteppingOptimizer(Optimizer):
         if step is None or not step.micro_batches.closures:
             if step is not None:
                 step.give_up()
+            if grads_of(params):  # of micro-batches that a new step would leave out
+                run.raise_given_up()
             if would_drop(params):
                 refuse_dropping()
             run.loss_scale = loss_scale(run.optimizer, scaler, "step(closure)")

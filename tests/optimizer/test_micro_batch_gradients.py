@@ -1,4 +1,4 @@
-"""What closures do to the gradients of micro-batches: clip or unscale them, build their graph, reach others'."""
+"""What closures may do to gradients of micro-batches: clip and unscale them, build their graph, reach others'."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Batches:
             del groups[2]["betas"]
         self.opt: Any = member(groups, **{"backend": "cpu", **defaults, **options})
         self.along_momentum = kind.startswith("MSassha") or self.opt.defaults.get("ascent") == "momentum"
-        self.parts, self.steps = parts, 0
+        self.kind, self.parts, self.steps = kind, parts, 0
 
     def losses(self) -> list[Loss]:
         """Of each micro-batch of this step its share of the loss."""
