@@ -226,6 +226,12 @@ class Curvature:
 
     def _sum_of(self, param: Tensor, factor: float) -> Tensor:
         if param not in self._sums:  # used by none of the micro-batches that products were taken of
+            if self._run.flat.lacks_hessian([param]):
+                raise ValueError(
+                    f"hessian_batches={self._parts}, and none of the first {self._parts} micro-batches uses "
+                    f"{name_of(param, self._groups)}, whose first curvature would be taken for 0: set it to a larger "
+                    "number, or to None for all micro-batches"
+                )
             return torch.zeros_like(param)
         return self._sums[param] if factor == 1 else self._sums[param] * factor
 

@@ -139,7 +139,7 @@ def test_a_variable_that_has_changed_since_the_first_pass_is_found(way: Callable
 def test_one_that_is_gone_is_the_closures_own_error() -> None:
     fit = Fit()
     values = fit.batches[0]
-    fit.opt.accumulate(lambda: fit.loss(values))
+    fit.opt.accumulate(lambda: fit.loss(values))  # noqa: F821
     del values
     with pytest.raises(NameError, match="values"):
         fit.opt.step(lambda: fit.loss(fit.batches[1]))
