@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .curvature.of_step import take_part
+from .curvature.taking import take_part
 from .gradients import detach, mark_droppable, refuse_dropping
 from .micro_batches import Arrivals
 from .step import Step

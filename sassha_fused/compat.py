@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 from .checkpoint import initialises_state
 from .checks import check_choice, check_integer, is_single, refuse_unperturbed
 from .convert import SECOND_AVERAGE, from_published, is_published
-from .curvature.of_step import take_part
+from .curvature.taking import take_part
 from .family import Sassha
 from .gradients import detach, grads_of, of_groups
 from .hessian_pass import NO_GRAPH

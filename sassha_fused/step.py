@@ -15,7 +15,8 @@ from torch import Tensor
 from . import passes
 from .accepted_groups import ascents_of, lr_of, refuse_other_ascents
 from .counts import StepTaken
-from .curvature.of_step import Curvature, at_w_prime, release_graphs, take_products
+from .curvature.of_step import Curvature, at_w_prime
+from .curvature.taking import release_graphs, take_products
 from .flat import Groups
 from .gradients import mark_droppable, of_groups, refuse_used
 from .hessian_pass import building_graphs, set_aside

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from .. import passes
 from ..flat import Groups
-from ..gradients import detach, is_graph_taken, name_of, of_groups, take_graphs
+from ..gradients import detach, is_graph_taken, name_of, of_groups
 from ..hessian_pass import (
     NO_GRAPH,
     leaves_of,
@@ -52,7 +52,8 @@ class _AtWPrime(threading.local):
 at_w_prime = _AtWPrime()
 
 
-def _about(steps: Iterable[Step]) -> set[Tensor]:
+def about(steps: Iterable[Step]) -> set[Tensor]:
+    """The parameters of their optimizers."""
     return {param for step in steps for param in of_groups(step.groups)}
 
 
@@ -89,8 +90,8 @@ class Curvature:
     def around_backward(self, step: Step, loss: Tensor) -> Iterator[None]:
         """Keeps the graph from the gradients of parameters that no step under way is about."""
         nodes = nodes_of([loss])
-        about = _about({step, *at_w_prime.steps})
-        others = [leaf for leaf in leaves_of(nodes) if leaf not in about]
+        own = about({step, *at_w_prime.steps})
+        others = [leaf for leaf in leaves_of(nodes) if leaf not in own]
         self._run.others = [*self._run.others, *(leaf for leaf in others if isinstance(leaf, Parameter))]
         try:
             with warning_of_constants(nodes), set_aside(others) if step.is_second_pass else nullcontext():
@@ -226,9 +227,9 @@ class Curvature:
 
     def _sum_of(self, param: Tensor, factor: float) -> Tensor:
         if param not in self._sums:  # used by none of the micro-batches that products were taken of
-            if self._run.flat.lacks_hessian([param]):
+            if self._run.processes is None and self._run.flat.lacks_hessian([param]):
                 raise ValueError(
-                    f"hessian_batches={self._parts}, and none of the first {self._parts} micro-batches uses "
+                    f"hessian_batches={self.parts}, and none of the first {self.parts} micro-batches uses "
                     f"{name_of(param, self._groups)}, whose first curvature would be taken for 0: set it to a larger "
                     "number, or to None for all micro-batches"
                 )
@@ -254,56 +255,3 @@ class Curvature:
                     f"this is a Hessian step, and the gradient of {name_of(param, self._groups)} {fault}. Its "
                     "curvature would be taken for 0. Within opt.hessian_pass() every backward builds a graph"
                 )
-
-
-def take_products(first: Step) -> None:
-    """Takes the products of a step, where it is a Hessian step and they were not taken of the gradients that are there.
-
-    So do other optimizers of the same loss whose weights are at w': all graphs hold the weights of all.
-    """
-    waiting: list[tuple[Step, Curvature, list[Any]]] = []
-    if first.awaits_products and first.curvature:
-        waiting.append((first, first.curvature, first.curvature.graph()))
-    for other in list(at_w_prime.steps):
-        if other is first or other.curvature is None:
-            continue
-        graph = other.curvature.graph()
-        if not set(of_groups(first.groups)).isdisjoint(leaves_of(graph)):
-            waiting.append((other, other.curvature, graph))
-    for step, curvature, graph in waiting:
-        curvature.take(graph, keep_graph=step is not waiting[-1][0])
-    for step, _, graph in waiting:
-        _release(step, graph)
-
-
-def take_part(step: Step, is_last: bool) -> None:
-    """Takes the products of one of a step's micro-batches, and lets go of its graph.
-
-    Raises:
-        ValueError: another optimizer's weights are at w', whose products would have to be taken of the same graphs.
-    """
-    curvature = step.curvature
-    assert curvature is not None
-    if any(other is not step and other.awaits_products for other in at_w_prime.steps):
-        raise ValueError(
-            "a Hessian step of several micro-batches while another optimizer waits for its second backward: take the "
-            "steps one after the other, or the whole batch in one backward"
-        )
-    if not step.perturbed:
-        curvature.of = step.with_current(list)
-    graph = curvature.graph()
-    curvature.take_part(graph, is_last)
-    _release(step, graph)
-    curvature.expect_next()
-
-
-def release_graphs(step: Step, selections: Sequence[Selection]) -> list[Selection]:
-    """Lets go of the graph of a step's gradients, and of those that others have got of it; returns what is left."""
-    _release(step, nodes_of(grad for selection in selections for grad in selection.grads))
-    return [selection.as_now() for selection in selections]
-
-
-def _release(step: Step, graph: Iterable[Any]) -> None:
-    awaited = _about(other for other in at_w_prime.steps if other is not step)
-    detach(of_groups(step.groups))
-    take_graphs(leaf for leaf in leaves_of(graph) if leaf not in awaited)
