@@ -54,8 +54,7 @@ class Step:
 
         w --perturb--> w' --second pass, products--> w' --restore--> w --update--> the next w
 
-    With rho 0 in every group the first pass is the only one, and w' is w. Along exp_avg there is no first pass, and
-    the one at w' is the only one.
+    With rho 0 in every group w' is w, and the first pass is the only one; along exp_avg the one at w' is.
 
     Attributes:
         run: the optimizer's record.
