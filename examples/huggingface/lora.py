@@ -10,8 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from examples.chargpt.text import load
-from examples.huggingface.gpt2 import Windows, model_of
+from examples.huggingface.gpt2 import Windows, model_of, optimizer_of
 from examples.huggingface.trainer import trainer_of
+from sassha_fused import SAMAdamW
 
 
 def adapted(model: PreTrainedModel) -> PeftModel:
@@ -19,6 +20,11 @@ def adapted(model: PreTrainedModel) -> PeftModel:
     return get_peft_model(
         model, LoraConfig(r=8, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
     )
+
+
+def optimizer_of_adapters(model: PeftModel) -> SAMAdamW:
+    """One factor of each adapter starts at 0, and with it the curvature of the other: no Hessian here."""
+    return SAMAdamW((param for param in model.parameters() if param.requires_grad), lr=0.02, rho=0.02)
 
 
 def main() -> None:
@@ -29,10 +35,11 @@ def main() -> None:
     text = load()
     torch.manual_seed(0)
     model = model_of(text.characters)
-    trainer_of(model, Windows(text.train), arguments.steps).train()
+    trainer_of(model, optimizer_of(model.parameters()), Windows(text.train), arguments.steps).train()
 
-    adapters, rest = map(Windows, text.validation.tensor_split(2))
-    trainer = trainer_of(adapted(model), adapters, arguments.steps)
+    other, rest = map(Windows, text.validation.tensor_split(2))
+    model = adapted(model)
+    trainer = trainer_of(model, optimizer_of_adapters(model), other, arguments.steps)
     before = trainer.evaluate(rest)["eval_loss"]
     trainer.train()
     after = trainer.evaluate(rest)["eval_loss"]

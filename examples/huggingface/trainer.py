@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -18,7 +19,7 @@ from sassha_fused.huggingface import two_pass
 RESULTS = Path(__file__).parent / "results"
 
 
-def trainer_of(model: PreTrainedModel, windows: Dataset, steps: int, lr: float = 0.3, **arguments: Any) -> Trainer:
+def trainer_of(model: PreTrainedModel, optimizer: Optimizer, windows: Dataset, steps: int, **arguments: Any) -> Trainer:
     """Two micro-batches a step, clipped gradients, a warm-up and a cosine; arguments go to TrainingArguments."""
     settings = {
         "output_dir": str(RESULTS),
@@ -32,7 +33,6 @@ def trainer_of(model: PreTrainedModel, windows: Dataset, steps: int, lr: float =
         "save_strategy": "no",
         "report_to": "none",
     }
-    optimizer = optimizer_of((param for param in model.parameters() if param.requires_grad), lr)
     trainer = Trainer(
         model,
         TrainingArguments(**{**settings, **arguments}),
@@ -51,9 +51,10 @@ def main() -> None:
 
     text = load()
     torch.manual_seed(0)
-    trainer = trainer_of(
-        model_of(text.characters), Windows(text.train), arguments.steps, save_strategy="steps", save_steps=100
-    )
+    model = model_of(text.characters)
+    optimizer = optimizer_of(model.parameters())
+    saving = {"save_strategy": "steps", "save_steps": 100}
+    trainer = trainer_of(model, optimizer, Windows(text.train), arguments.steps, **saving)
     trainer.train(resume_from_checkpoint=arguments.resume)
     loss = trainer.evaluate(Windows(text.validation))["eval_loss"]
     print(f"validation loss after {arguments.steps} steps: {loss:.3f}")

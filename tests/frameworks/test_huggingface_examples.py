@@ -43,10 +43,8 @@ def model_of() -> Any:
     return model
 
 
-def assert_plain(model: Any, opt: Any, other: Any, lr: float) -> None:
-    from examples.huggingface.gpt2 import optimizer_of
-
-    its = optimizer_of((param for param in other.parameters() if param.requires_grad), lr)
+def assert_plain(model: Any, opt: Any, other: Any, its: Any) -> None:
+    """The plain loop trains the other model with its optimizer, on the same batches."""
     gpt2.plain_loop(
         other, its, gpt2.batches_of(list(map(windows_of().__getitem__, range(32 * STEPS))), 32), LARGEST_NORM
     )
@@ -54,12 +52,13 @@ def assert_plain(model: Any, opt: Any, other: Any, lr: float) -> None:
 
 
 def test_the_trainer_s(tmp_path: Path) -> None:
+    from examples.huggingface.gpt2 import optimizer_of
     from examples.huggingface.trainer import trainer_of
 
-    model = model_of()
-    trainer = trainer_of(model, windows_of(), STEPS, output_dir=str(tmp_path), use_cpu=True, **AS_PLAIN)
-    trainer.train()
-    assert_plain(model, trainer.optimizer.optimizer, model_of(), lr=0.3)
+    models = [model_of() for _ in range(2)]
+    opt, its = (optimizer_of(model.parameters()) for model in models)
+    trainer_of(models[0], opt, windows_of(), STEPS, output_dir=str(tmp_path), use_cpu=True, **AS_PLAIN).train()
+    assert_plain(models[0], opt, models[1], its)
 
 
 @pytest.mark.parametrize("phases", [False, True], ids=["closure", "phases"])
@@ -70,20 +69,20 @@ def test_accelerate_s(phases: bool) -> None:
     from examples.huggingface.gpt2 import optimizer_of
 
     AcceleratorState._reset_state()  # in which precision all of a process compute
-    model = model_of()
-    opt = optimizer_of(model.parameters())
-    Loop(model, opt, torch.utils.data.DataLoader(windows_of(), batch_size=32), phases).train(STEPS)
-    assert_plain(model, opt, model_of(), lr=0.3)
+    models = [model_of() for _ in range(2)]
+    opt, its = (optimizer_of(model.parameters()) for model in models)
+    Loop(models[0], opt, torch.utils.data.DataLoader(windows_of(), batch_size=32), phases).train(STEPS)
+    assert_plain(models[0], opt, models[1], its)
 
 
 def test_lora_s(tmp_path: Path) -> None:
-    from examples.huggingface.lora import adapted
+    from examples.huggingface.lora import adapted, optimizer_of_adapters
     from examples.huggingface.trainer import trainer_of
 
     models = []
     for _ in range(2):
         torch.manual_seed(1)
         models.append(adapted(model_of()).double())
-    trainer = trainer_of(models[0], windows_of(), STEPS, output_dir=str(tmp_path), use_cpu=True, **AS_PLAIN)
-    trainer.train()
-    assert_plain(models[0], trainer.optimizer.optimizer, models[1], lr=0.3)
+    opt, its = map(optimizer_of_adapters, models)
+    trainer_of(models[0], opt, windows_of(), STEPS, output_dir=str(tmp_path), use_cpu=True, **AS_PLAIN).train()
+    assert_plain(models[0], opt, models[1], its)
