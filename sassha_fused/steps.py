@@ -164,7 +164,7 @@ class SteppingOptimizer(Optimizer):
                 self._take_over_scale()
             accumulates = run.step is not None and run.step.micro_batches.closures
             params = of_groups(self.param_groups) if closures else []
-            by_hand = closures and (self.perturbed or (is_single(self.param_groups) and would_drop(params)))
+            by_hand = closures and (self.perturbed or (would_drop(params) and is_single(self.param_groups)))
             if closures and (accumulates or not (by_hand and ends_step(closures, params, self.perturbed))):
                 return self._by_closures(walk, closures, params, scaler)
             self._finish()

@@ -38,11 +38,13 @@ def take_part(step: Step, is_last: bool) -> None:
     """Takes the products of one of a step's micro-batches, and lets go of its graph.
 
     Raises:
-        ValueError: another optimizer's weights are at w', whose products would have to be taken of the same graphs.
+        ValueError: another optimizer of the same loss waits for its products, which would have to be taken as well.
     """
     curvature = step.curvature
     assert curvature is not None
-    if any(other is not step and other.awaits_products for other in at_w_prime.steps):
+    own = set(of_groups(step.groups))
+    waiting = [o.curvature for o in at_w_prime.steps if o is not step and o.awaits_products and o.curvature]
+    if not all(own.isdisjoint(leaves_of(other.graph())) for other in waiting):
         raise ValueError(
             "a Hessian step of several micro-batches while another optimizer waits for its second backward: take the "
             "steps one after the other, or the whole batch in one backward"

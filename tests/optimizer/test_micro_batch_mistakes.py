@@ -26,8 +26,6 @@ one_thread = pytest.fixture(autouse=True)(single_threaded)
 # Two passes; one along the momentum; one at w; two without a Hessian; with w worked out from w'.
 MEMBERS = ["Sassha", "MSassha", "AdaHessian", "SAMSGD", "MSassha by blocks"]
 each_member = pytest.mark.parametrize("kind", MEMBERS)
-AT_W_BETWEEN = ["Sassha", "AdaHessian", "SAMSGD"]
-ALONG_MOMENTUM = ["MSassha", "SAMSGD along momentum"]
 each_step = pytest.mark.parametrize("steps", [1, 3], ids=["lazy", "Hessian"])
 each_style = pytest.mark.parametrize("style", ["list of every kind", "accumulate every kind"])
 each_set = pytest.mark.parametrize("set_to_none", [True, False])
@@ -185,7 +183,7 @@ def test_what_is_no_closure_is_refused_and_changes_nothing(closure: Any, kind: s
     assert_goes_on(problem)
 
 
-@pytest.mark.parametrize("kind", AT_W_BETWEEN)
+@each_member
 def test_saving_changes_nothing(kind: str) -> None:
     problem, others = begun(kind)
     saved = problem.opt.state_dict()
@@ -194,16 +192,6 @@ def test_saving_changes_nothing(kind: str) -> None:
     problem.opt.step(others)
     problem.steps += 1
     assert_goes_on(problem)
-
-
-@pytest.mark.parametrize("kind", ALONG_MOMENTUM)
-@pytest.mark.parametrize("goes_on", ["accumulate", "step"])
-def test_saving_gives_up_a_step_whose_weights_have_moved_and_says_so(goes_on: str, kind: str) -> None:
-    problem = Batches(kind).train(3)
-    with refused(problem, "the step under way was given up.*by state_dict"):
-        problem.opt.accumulate(problem.losses()[0])
-        problem.opt.state_dict()
-        getattr(problem.opt, goes_on)(problem.losses()[1])
 
 
 @pytest.mark.parametrize("kind", ["Sassha", "MSassha", "AdaHessian"])

@@ -78,7 +78,7 @@ def metadata(build_without_compiler: tuple[Path, str]) -> Message:
 
 def test_the_public_names_are_the_promised_ones() -> None:
     members = {"Sassha", "MSassha", "SAMSGD", "SAMAdamW", "AdaHessian", "SophiaH"}
-    others = {"__version__", "available_backends", "running_stats_once"}
+    others = {"__version__", "available_backends", "data_parallel", "running_stats_once"}
     assert set(sassha_fused.__all__) == members | others
     assert all(hasattr(sassha_fused, name) for name in sassha_fused.__all__)
 
