@@ -101,6 +101,7 @@ def _take_in(step: Step, params: Sequence[Tensor], is_last: bool) -> None:
     had_graph = not takes and bool(detach(params))  # of a closure that builds one unasked
     if batches.arrivals is not None:
         batches.arrivals.refuse_cleared(params, in_place=not takes and not had_graph)
+        batches.arrivals = None  # not kept while products are taken
     if takes:
         take_part(step, is_last)
     if step.scale is not None and not is_last:

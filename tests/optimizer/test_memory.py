@@ -296,6 +296,32 @@ def test_a_hessian_step_takes_a_probe_and_a_product_more_and_for_several_samples
 
 
 @both_backends
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("by", ["list", "accumulate"])
+def test_a_hessian_step_of_micro_batches_takes_the_memory_of_one_and_one_sum_of_products(
+    by: str, samples: int, backend: str
+) -> None:
+    def peak_of(parts: int) -> int:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(4)))
+        opt = Sassha(model.parameters(), lr=1e-3, hessian_interval=1, hessian_samples=samples, backend=backend)
+        closures = [lambda rows=rows: model(rows).square().sum() for rows in torch.randn(parts, 64, 64)]
+
+        def step() -> None:
+            opt.zero_grad()
+            for closure in closures[:-1] if by == "accumulate" else ():
+                opt.accumulate(closure)
+            opt.step(closures[-1] if by == "accumulate" else closures)
+
+        step()
+        return allocated(step)[1]
+
+    one, few, many = map(peak_of, (1, 2, 8))
+    assert few <= one + 4 * 4 * (64 * 64 + 64) + SLACK
+    assert many <= few + SLACK
+
+
+@both_backends
 def test_a_parameter_that_joins_leaves_no_old_buffers_behind(backend: str) -> None:
     late = nn.Parameter(torch.ones(1280))
     runs = []
