@@ -178,7 +178,8 @@ class SteppingOptimizer(Optimizer):
     def accumulate(self, closure: Callable[[], Any], *, scaler: GradScaler | None = None) -> Tensor:
         """The first pass of a micro-batch that is not the last of its step: ``step(closure)`` takes the last one.
 
-        The closure is kept, and called again for the second pass: what it reads must be the same then.
+        The closure is kept, and called again for the second pass: what it reads must be the same then. Where a
+        step has one pass, along the momentum, the weights stay at w' until step().
 
         Args:
             closure, scaler: as in step(), which is given the same scaler.

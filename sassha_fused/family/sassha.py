@@ -60,7 +60,8 @@ class Sassha(FusedOptimizer):
         hessian_interval: k, steps from one Hessian evaluation to the next.
         hessian_warmup: so many steps at the start are all Hessian steps.
         hessian_samples: S, probes per evaluation.
-        hessian_batches: products from the first so many micro-batches of a step only, scaled up to all; None: from all.
+        hessian_batches: of a step in M micro-batches, products come from the first so many alone, times M over their
+            number: a cheaper and noisier Hessian step. None: from all. A step in one batch ignores it.
         hessian_power: :math:`\alpha` in (0, 1].
         hessian_block: of parameters of two or more dimensions so many elements in a row, in the order of memory, share
             one number of D: :math:`|H|` is averaged over them first. A power of 2 up to 128; fixed once there is state.

@@ -111,6 +111,13 @@ def a_nested_function(fit: Fit) -> None:
     fit.opt.step(lambda: fit.loss(fit.batches[-1]))
 
 
+def a_global_of_a_nested_function(fit: Fit) -> None:
+    global batch
+    for batch in fit.batches[:-1]:
+        fit.opt.accumulate(lambda: (lambda: fit.loss(batch))())
+    fit.opt.step(lambda: fit.loss(fit.batches[-1]))
+
+
 def an_assignment(fit: Fit) -> None:
     values: Any = None
     closures = [lambda: fit.loss(values)]
@@ -129,6 +136,7 @@ def an_assignment(fit: Fit) -> None:
         (a_global, "batch"),
         (a_comprehension, "values"),
         (a_nested_function, "values"),
+        (a_global_of_a_nested_function, "batch"),
         (an_assignment, "values"),
     ],
 )
