@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sassha_fused import running_stats_once
 from tests.support.kinds import assert_states_close, reference_of
-from tests.support.lightning import BATCHES, fit, groups_of_batches, loss_of, module_of, plain_loop, snapshot
+from tests.support.lightning_runs import BATCHES, fit, groups_of_batches, loss_of, module_of, plain_loop, snapshot
 from tests.support.members import MEMBERS, OfMember
 from tests.support.problems import Problem, assert_same, single_threaded
 from tests.support.reference import ReferenceSassha

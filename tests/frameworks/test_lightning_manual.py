@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sassha_fused import MSassha, Sassha
 from sassha_fused.optimizer import FusedOptimizer
-from tests.support.lightning import (
+from tests.support.lightning_runs import (
     BATCHES,
     fit,
     import_lightning,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.lightning import BATCHES, fit, module_of, plain_loop, snapshot
+from tests.support.lightning_runs import BATCHES, fit, module_of, plain_loop, snapshot
 from tests.support.members import MEMBERS, OfMember
 from tests.support.problems import Problem, assert_same, single_threaded, weights
 

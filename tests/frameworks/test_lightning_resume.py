@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.lightning import BATCHES, Resumable, fit, groups_of_batches, module_of, snapshot
+from tests.support.lightning_runs import BATCHES, Resumable, fit, groups_of_batches, module_of, snapshot
 from tests.support.members import MEMBERS, OfMember
 from tests.support.problems import Problem, assert_differ, assert_same, single_threaded, weights
 
