@@ -114,6 +114,11 @@ class Run:
             raise
         step.swap()
 
+    def outside(self, groups: Groups) -> list[Tensor]:
+        """Those of others that have not been added to the groups since."""
+        own = set(of_groups(groups)) if self.others else ()
+        return [param for param in self.others if param not in own]
+
     def hessian_is_coming(self, groups: Groups) -> bool:
         """Whether the coming step is a Hessian step, as far as can be told before its first pass.
 

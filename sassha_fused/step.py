@@ -113,7 +113,7 @@ class Step:
         if self.curvature is not None and not self.curvature.taken:
             self.run.others = self.run.others if self.micro_batches.arrivals is not None else ()  # the pass begins
             return building_graphs(partial(self.curvature.around_backward, self))
-        return set_aside(self.run.others) if self.is_second_pass else nullcontext()
+        return set_aside(self.run.outside(self.groups)) if self.is_second_pass else nullcontext()
 
     def arrive(self) -> bool:
         """Takes in the gradients of a pass; whether another one is needed."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sassha_fused import Sassha, hessian_pass
 from tests.support.kinds import Net, all_styles, assert_clean, assert_states_close, reference_of
 from tests.support.problems import ALL_STYLES, assert_same, single_threaded, weights
+from tests.support.reference import ReferenceSassha
 
 one_thread = pytest.fixture(autouse=True)(single_threaded)
 
@@ -49,6 +50,27 @@ def test_parameters_of_nobody_get_the_first_gradient_once_and_no_graph(own: slic
                 torch.testing.assert_close(param.grad, grad, rtol=1e-11, atol=1e-14)
     opt.zero_grad()
     assert_clean(mine)
+
+
+@all_styles
+@pytest.mark.parametrize("after", ALL_STYLES)
+def test_a_parameter_that_a_hessian_step_saw_outside_is_trained_in_every_step_once_it_is_added(
+    style: str, after: str
+) -> None:
+    net, other = deep(), deep()
+    options = {"lr": 0.01, "hessian_interval": 4}
+    opt = Sassha(net[0].parameters(), backend="cpu", **options)
+    reference = ReferenceSassha(other[0].parameters(), **options)
+    for step, way in enumerate(("closure", style, after, after)):
+        opt.zero_grad()
+        ALL_STYLES[way](opt, net.loss)
+        reference.step(other.loss)
+        if step == 0:
+            opt.add_param_group({"params": [*net[2].parameters()]})
+            reference.add_param_group({"params": [*other[2].parameters()]})
+        for param in net.parameters():
+            param.grad = None
+    assert_states_close([*net.parameters()][:4], opt, [*other.parameters()][:4], reference, 1e-11)
 
 
 @all_styles
