@@ -73,12 +73,11 @@ class SteppingOptimizer(Optimizer):
         run, groups = self._run, self.param_groups
         if along_momentum := run.flat.method.along_momentum(groups[0]):
             drop_spent(of_groups(groups))
-        if along_momentum and is_single(groups):
-            return
-        if run.processes is not None and not along_momentum:
+        elif run.processes is not None:
             run.processes.refuse_unaveraged(groups)
         run.loss_scale = None if scaler is None else loss_scale(run.optimizer, scaler, "perturb()")
-        Step.to_w_prime(run, groups)
+        if not (along_momentum and is_single(groups)):
+            Step.to_w_prime(run, groups)
 
     @contextmanager
     def hessian_pass(self, scaler: GradScaler | None = None) -> Iterator[None]:
@@ -93,9 +92,11 @@ class SteppingOptimizer(Optimizer):
             scaler: as perturb() takes it, for loops without a perturb().
         """
         run = self._run
+        # Along -m perturb() comes before, whatever rho is, and may have been told it.
+        told_before = scaler is None and run.flat.method.along_momentum(self.param_groups[0])
         if run.step is not None and scaler is not None:
             run.step.scale = loss_scale(run.optimizer, scaler, "hessian_pass()")
-        elif run.step is None and is_single(self.param_groups):
+        elif run.step is None and is_single(self.param_groups) and not told_before:
             run.loss_scale = loss_scale(run.optimizer, scaler, "hessian_pass()")
         if not self.hessian_due:
             yield

@@ -14,7 +14,7 @@ from torch.amp import GradScaler
 from sassha_fused import Sassha, SophiaH
 from tests.support.kinds import assert_close, by_reference
 from tests.support.members import OfMember
-from tests.support.problems import Problem, assert_differ, assert_same, single_threaded, weights
+from tests.support.problems import Problem, assert_differ, assert_same, backward, single_threaded, weights
 from tests.support.scaling import (
     LOOPS,
     VARIANTS,
@@ -154,6 +154,27 @@ def test_restore_before_the_step_changes_nothing(variant: str, unscale: str | No
             problem.steps += 1
         runs.append(problem)
     assert_same(runs[0].snapshot(), runs[1].snapshot())
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["hessian_pass", "create_graph"])
+@pytest.mark.parametrize("rho", [0.0, 0.2])
+@pytest.mark.parametrize("variant", ["MSassha", "SAMAdamW along momentum"])
+def test_along_the_momentum_perturb_is_told_the_scaler_whatever_rho_is(variant: str, rho: float, by_hand: bool) -> None:
+    runs = [(variant_of(variant, rho=rho), scaler_of(scale)) for scale in (2.0**30, 1.0)]
+    for problem, scaler in runs:
+        for _ in range(5):
+            problem.opt.zero_grad()
+            problem.opt.perturb(scaler)
+            if by_hand:
+                backward(scaler.scale(problem.loss()), create_graph=problem.opt.hessian_due)
+            else:
+                with problem.opt.hessian_pass():
+                    scaler.scale(problem.loss()).backward()
+            scaler.unscale_(problem.opt)
+            scaler.step(problem.opt)
+            scaler.update()
+            problem.steps += 1
+    assert_same(runs[0][0].snapshot(), runs[1][0].snapshot())
 
 
 @each_loop
