@@ -2,16 +2,16 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from sassha_fused import Sassha
 from sassha_fused.curvature import exact
+from tests.support.memory import allocated
 from tests.support.problems import BACKENDS, STYLES, Problem, backward, single_threaded
 
 one_thread = pytest.fixture(autouse=True)(single_threaded)
@@ -26,21 +26,6 @@ def no_cycle_is_collected() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
-
-
-def allocated(action: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes of tensors that an action leaves behind, and the most there were meanwhile.
-
-    What was there before counts in neither, also where the action frees it.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        action()
-    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for change in changes:
-        now += change
-        peak = max(peak, now)
-    return now, peak
 
 
 def test_the_measure_sees_what_is_kept_and_what_is_freed() -> None:

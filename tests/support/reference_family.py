@@ -137,3 +137,32 @@ class ReferenceMember(ReferenceSassha):
         state["step"] += 1
         b = state["momentum_buffer"]
         p.sub_(float(group["lr"]) * (grad + group["momentum"] * b if group["nesterov"] else b))
+
+
+class ReferenceOfBatches(ReferenceMember):
+    """Any member, whose loss is that of several micro-batches and may be scaled.
+
+    Attributes:
+        partial: the loss whose Hessian is taken, where hessian_batches are fewer than micro-batches.
+        scale: what losses are multiplied by, beside which the 1e-12 in w' = w + rho g / (N + 1e-12) is smaller.
+    """
+
+    partial: Callable[[], Tensor] | None = None
+    scale = 1.0
+
+    def _global_grad_norm(self) -> float:
+        return super()._global_grad_norm() + 1e-12 / self.scale - 1e-12
+
+    def _hessian_products(self, grads: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+        if self.partial is None or not any(grad is not None and grad.requires_grad for grad in grads):
+            return super()._hessian_products(grads)
+        params = [p for group in self.param_groups for p in group["params"]]
+        kept = [p.grad for p in params]
+        _, part = self._backward(self.partial, create_graph=True)
+        for p, grad in zip(params, kept, strict=True):
+            p.grad = grad
+        part = [
+            None if whole is None else torch.zeros_like(p) if some is None else some
+            for p, whole, some in zip(params, grads, part, strict=True)
+        ]
+        return super()._hessian_products(part)
