@@ -33,7 +33,7 @@ test: compiler $(EXTENSION) ## run all tests but the long ones, and measure the 
 	$(TESTS) -m "not untraced and not long" --cov --cov-report=term-missing
 	$(TESTS) -m "untraced and not long"
 
-test-long: compiler $(EXTENSION) ## run the long tests: planted faults, sanitizers, all targets of Triton, thousands of steps
+test-long: compiler $(EXTENSION) ## run the long tests: PTX, planted faults, sanitizers, Triton for all targets, thousands of steps
 	$(TESTS) -m long
 
 bench: compiler $(EXTENSION) ## time the optimizer step; the JSON goes to .benchmarks

@@ -25,7 +25,7 @@ from tests.support.cases import Spec, each_narrow_dtype, make_case
 from tests.support.machine_code import codes_of
 from tests.support.ways import summed
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")

@@ -90,7 +90,8 @@ def marks_of(backend: str) -> list[pytest.MarkDecorator]:
     """The marks of a test of this backend."""
     if backend in EXECUTED:
         reason = missing(backend)
-        return [pytest.mark.slow, pytest.mark.skipif(reason is not None, reason=f"{backend}: {reason}")]
+        skip = pytest.mark.skipif(reason is not None, reason=f"{backend}: {reason}")
+        return [pytest.mark.slow, pytest.mark.long, skip]
     if BACKENDS[backend] == "cuda":
         return [pytest.mark.gpu]
     return [] if backend in ("eager", "cpu") else [pytest.mark.slow]
